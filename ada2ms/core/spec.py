@@ -1,0 +1,189 @@
+r"""The rule, in NumPy: the specification that every backend follows. Read this first.
+
+    g      gradient of the step (negated when maximizing)
+    m     <- b1*m + (1-b1)*g
+    v     <- b2*v + (1-b2)*g*g
+    s     <- b2*s + (1-b2)*mean(g*g)            mean over every entry that has a gradient in this step
+    m_hat  = m/(1-b1^t)     v_hat = v/(1-b2^t)     s_hat = s/(1-b2^k)
+    d      = v_hat^(a/2) * s_hat^((1-a)/2) + eps
+    theta <- theta*(1 - lr*wd) - lr*m_hat/d
+
+What the paper's abstract says: a smooth transition between AdamW-like and momentum-SGD-like behaviour "through
+continuous exponential interpolation between elementwise second-moment estimates and global second-moment estimates"
+(Zhu, Xiao, Min 2026, arXiv 2605.20533). The formulas above are this project's reading of that sentence.
+
+    symbol        here, and torch                 Keras                     Optax
+    hyperparameters, per parameter group
+    lr            lr                              learning_rate             learning_rate
+    b1, b2        b1, b2 (torch: betas)           beta_1, beta_2            b1, b2
+    eps           eps                             epsilon                   eps
+    wd            weight_decay                    weight_decay              weight_decay
+    a             adaptivity                      adaptivity                adaptivity
+    choices, per optimizer
+                  scope, nonfinite                scope, nonfinite          scope, nonfinite
+    state, per tensor
+    m             exp_avg                         momentum                  mu
+    v             exp_avg_sq                      velocity                  nu
+    t             step                            steps                     steps
+    state, per parameter group (Keras, Optax: per optimizer)
+    s             global_exp_avg_sq               global_velocity           s
+    k             global_step                     global_step               count
+                  skipped                         skipped                   skipped
+
+Schedules of lr and a are given the count of completed updates, k: lr(0) and a(0) are used for the first update.
+With scope "tensor" the mean is each tensor's own, and s is per tensor and corrected by t in place of k.
+With nonfinite "skip" a step whose sum of g*g, over the whole model, is not finite changes nothing but a counter.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ada2ms.core.hyperparameters import (
+    DEFAULT_NONFINITE,
+    DEFAULT_SCOPE,
+    Hyperparameters,
+    Nonfinite,
+    Scope,
+    check,
+    value_at,
+)
+
+Array = NDArray[Any]
+Gradients = Sequence[Array | None]
+
+
+@dataclass
+class Group:
+    """Parameters that share hyperparameters, with their state: zeros of the parameters' shapes, in at least float32."""
+
+    params: list[Array]
+    hyper: Hyperparameters
+    scope: Scope = DEFAULT_SCOPE
+    exp_avg: list[Array] = field(init=False)
+    exp_avg_sq: list[Array] = field(init=False)
+    step: list[int] = field(init=False)
+    global_exp_avg_sq: list[float] = field(init=False)  # scope "model": one number; scope "tensor": one per tensor
+    global_step: int = 0
+
+    def __post_init__(self) -> None:
+        self.exp_avg = [np.zeros(p.shape, np.promote_types(p.dtype, np.float32)) for p in self.params]
+        self.exp_avg_sq = [np.zeros_like(m) for m in self.exp_avg]
+        self.step = [0] * len(self.params)
+        self.global_exp_avg_sq = [0.0] * (1 if self.scope == "model" else len(self.params))
+
+
+class Ada2MS:
+    """Ada2MS over NumPy arrays, which `step` updates in place.
+
+    Arithmetic is in each parameter's own precision, in float32 for 16-bit parameters; s is in float64 throughout.
+
+    Args:
+        params: real floating-point arrays of any shapes; or mappings {"params": arrays, hyperparameter: value, ...},
+            one per group, as in torch. (View complex arrays as pairs of reals.)
+        scope: "model": one global second moment for the whole model; "tensor": one per tensor.
+        nonfinite: "propagate", or "skip" steps with a gradient that is not finite.
+        **hyper: fields of `Hyperparameters`, for every group that does not name its own.
+
+    Raises:
+        TypeError, ValueError: naming the argument, its value and what is allowed.
+    """
+
+    def __init__(
+        self,
+        params: Sequence[Array] | Sequence[Mapping[str, Any]],
+        *,
+        scope: Scope = DEFAULT_SCOPE,
+        nonfinite: Nonfinite = DEFAULT_NONFINITE,
+        **hyper: Any,
+    ) -> None:
+        check("scope", scope)
+        check("nonfinite", nonfinite)
+        self.scope, self.nonfinite, self.skipped = scope, nonfinite, 0
+        self.groups: list[Group] = []
+        given: list[Any] = list(params)
+        grouped = bool(given) and all(isinstance(x, Mapping) for x in given)
+        for group in given if grouped else [{"params": given}]:
+            options = {**hyper, **group}
+            arrays = list(options.pop("params"))
+            for p in arrays:
+                if not (isinstance(p, np.ndarray) and np.issubdtype(p.dtype, np.floating) and p.flags.writeable):
+                    raise TypeError(
+                        f"Invalid params: {p!r:.80} (must be writeable arrays of a real floating-point dtype)"
+                    )
+            self.groups.append(Group(arrays, Hyperparameters(**options), scope))
+
+    def step(self, gradients: Gradients) -> None:
+        """Updates the parameters, in the order given (group after group), by one gradient each.
+
+        Args:
+            gradients: real arrays of the parameters' shapes; None leaves that tensor and its state alone.
+
+        Raises:
+            TypeError: a gradient is not real; nothing has changed.
+            ValueError: number or shapes of the gradients are not those of the parameters; nothing has changed.
+        """
+        params = [p for group in self.groups for p in group.params]
+        gradients = [None if g is None else np.asarray(g) for g in gradients]
+        shapes = [None if g is None else g.shape for g in gradients]
+        if len(params) != len(shapes) or any(s not in (None, p.shape) for p, s in zip(params, shapes, strict=True)):
+            raise ValueError(f"Invalid gradients of shapes {shapes} (must be None or of {[p.shape for p in params]})")
+        for g in gradients:
+            if g is not None and not np.can_cast(g.dtype, np.float64, "same_kind"):
+                raise TypeError(f"Invalid gradients: one is of dtype {g.dtype} (must be real)")
+
+        squares = [None if g is None else float(np.sum(np.square(g, dtype=np.float64))) for g in gradients]
+        total = sum(x for x in squares if x is not None)
+        entries = sum(p.size for p, x in zip(params, squares, strict=True) if x is not None)
+        if all(x is None for x in squares):
+            return
+        if self.nonfinite == "skip" and not math.isfinite(total):
+            self.skipped += 1
+            return
+
+        remaining = iter(zip(gradients, squares, strict=True))
+        for group in self.groups:
+            update(group, [next(remaining) for _ in group.params], mean(total, entries))
+
+
+def update(group: Group, gradients: list[tuple[Array | None, float | None]], mean_square: float) -> None:
+    """One step of a group, given each tensor's (g, sum(g*g)) and the mean(g*g) of the whole model."""
+    b1, b2, eps, wd = group.hyper.b1, group.hyper.b2, group.hyper.eps, group.hyper.weight_decay
+    lr = value_at(group.hyper.lr, group.global_step)
+    a = value_at(group.hyper.adaptivity, group.global_step)
+    group.global_step += 1
+    if group.scope == "model":
+        s = group.global_exp_avg_sq[0] = b2 * group.global_exp_avg_sq[0] + (1 - b2) * mean_square
+        s_hat = s / correction(b2, group.global_step)
+
+    for i, (g, square) in enumerate(gradients):
+        if g is None or square is None:
+            continue
+        theta, m, v = group.params[i], group.exp_avg[i], group.exp_avg_sq[i]
+        g = g.astype(m.dtype)
+        group.step[i] += 1
+        t = group.step[i]
+        m[...] = b1 * m + (1 - b1) * g
+        v[...] = b2 * v + (1 - b2) * g * g
+        if group.scope == "tensor":
+            s = group.global_exp_avg_sq[i] = b2 * group.global_exp_avg_sq[i] + (1 - b2) * mean(square, theta.size)
+            s_hat = s / correction(b2, t)
+        m_hat = m / correction(b1, t)
+        v_hat = v / correction(b2, t)
+        d = v_hat ** (a / 2) * s_hat ** ((1 - a) / 2) + eps
+        d = np.where(d == 0, np.inf, d)  # only without eps: where nothing has moved yet, the update is 0
+        theta[...] = theta.astype(m.dtype) * (1 - lr * wd) - lr * m_hat / d
+
+
+def mean(total: float, entries: int) -> float:
+    """`total / entries`; 0 over no entries."""
+    return total / entries if entries else 0.0
+
+
+def correction(beta: float, count: int) -> float:
+    """1 - beta**count, without the cancellation that costs 1 - beta**count its digits; 1 for beta = 0."""
+    return -math.expm1(count * math.log(beta)) if beta else 1.0

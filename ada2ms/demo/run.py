@@ -1,0 +1,184 @@
+"""Trains the same network in several frameworks and measures how far the trajectories part."""
+
+import os
+import time
+from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from importlib.util import find_spec
+from itertools import combinations
+from typing import Final
+
+import numpy as np
+
+from ada2ms import core
+from ada2ms.core.hyperparameters import Scheduled
+from ada2ms.demo.digits import CONVNET, Array, Trainer, initial_weights, load
+
+FRAMEWORKS: Final = ("torch", "tf", "jax")
+KERAS_BACKENDS: Final = ("tensorflow", "jax", "torch")
+LEARNING_RATE: Final = 2.0**-7  # exact in float32, in which Keras keeps it
+
+EPSILON: Final = float(np.finfo(np.float32).eps)
+
+
+def rule_bound(step: int) -> float:
+    """What the deviation from the NumPy rule, fed the same gradients, may be after `step` float32 steps.
+
+    Every step rounds the parameters once and the averages a few times, and an average remembers: its relative error
+    grows by about one epsilon a step, because b2 itself is rounded. Neither gains on `step * EPSILON`; the factor 4
+    counts the roundings of one step. A power of v may be taken as exp(h*log(v)), which is off by h*log(v) epsilons: a
+    dozen for the smallest entries, from the first step on, where the update is all that biases consist of.
+    """
+    return (16 + 4 * step) * EPSILON
+
+
+def mutual_bound(step: int) -> float:
+    """What the deviation between two frameworks, each on its own gradients, may be after `step` float32 steps.
+
+    Here the frameworks' convolutions and sums round in their own order, and the next gradient is taken where the last
+    update led. Entries of a gradient that nearly cancel keep few digits and yet, at adaptivity 1, move their parameters
+    as far as any other: in the first steps that can cost some hundred epsilons, and later it is soon outgrown.
+    """
+    return (500 + 4 * step) * EPSILON
+
+
+def deviation(left: list[Array], right: list[Array]) -> float:
+    """The largest difference of an entry, relative to the largest entry of its tensor; over all tensors."""
+    return max(
+        float(np.max(np.abs(a - b)) / np.max(np.abs(b))) if np.any(a != b) else 0.0
+        for a, b in zip(left, right, strict=True)
+    )
+
+
+@dataclass
+class Run:
+    """One framework's training; lists have an entry for each step.
+
+    Attributes:
+        framework: the extra's name, "torch", "tf" or "jax".
+        title: framework and version, for people.
+        losses: training loss of each batch, before the update.
+        parameters: the parameters after each update.
+        from_rule: deviation from the NumPy rule in float64, fed the same gradients.
+        accuracy: fraction of the test images labelled rightly at the end.
+        seconds: wall-clock time of the training steps, compilation included.
+    """
+
+    framework: str
+    title: str
+    losses: list[float]
+    parameters: list[list[Array]]
+    from_rule: list[float]
+    accuracy: float
+    seconds: float
+
+
+def train(
+    framework: str,
+    steps: int,
+    seed: int,
+    adaptivity: Scheduled,
+    progress: Callable[[Iterable[tuple[Array, Array]]], Iterable[tuple[Array, Array]]] = iter,
+) -> Run:
+    """Trains the convnet on the digits for `steps` steps in one framework, on the CPU, in float32.
+
+    Args:
+        framework: one of `FRAMEWORKS`, installed.
+        steps: number of batches, at least 1.
+        seed: of the initial weights and of the batches.
+        adaptivity: a number in [0, 1] or a schedule of ada2ms.core.
+        progress: wraps the batches, to show how far the training is.
+    """
+    data = load()
+    weights = initial_weights(CONVNET, seed)
+    title, trainer, device = _TRAINERS[framework](weights, adaptivity)
+    reference = [w.astype(np.float64) for w in weights]
+    rule = core.Ada2MS(reference, lr=LEARNING_RATE, adaptivity=adaptivity)
+    run = Run(framework, title, [], [], [], 0.0, 0.0)
+    with device:
+        for images, labels in progress(data.batches(steps, seed)):
+            start = time.perf_counter()
+            loss, gradients = trainer.step(images, labels)
+            run.seconds += time.perf_counter() - start
+            rule.step([g.astype(np.float64) for g in gradients])
+            run.losses.append(loss)
+            run.parameters.append(trainer.parameters())
+            run.from_rule.append(deviation(run.parameters[-1], reference))
+        run.accuracy = float(np.mean(trainer.predict(data.test_images) == data.test_labels))
+    return run
+
+
+def from_each_other(runs: list[Run]) -> list[float]:
+    """For each step, the largest deviation between two of the runs; zeros for a single run."""
+    steps = range(len(runs[0].losses))
+    return [
+        max((deviation(a.parameters[i], b.parameters[i]) for a, b in combinations(runs, 2)), default=0.0) for i in steps
+    ]
+
+
+def parted(runs: list[Run]) -> list[str]:
+    """The bounds that were not kept, each in a sentence; none for trajectories that lie on each other."""
+    found = [_first_over(run.from_rule, rule_bound, f"{run.title} parts from the NumPy rule") for run in runs]
+    found.append(_first_over(from_each_other(runs), mutual_bound, "the frameworks part from each other"))
+    return [sentence for sentence in found if sentence]
+
+
+def _first_over(deviations: list[float], bound: Callable[[int], float], what: str) -> str | None:
+    for step, value in enumerate(deviations, start=1):
+        if not value <= bound(step):  # a NaN is not within any bound
+            return f"{what}: step {step}, deviation {value:.1e}, bound {bound(step):.1e}"
+    return None
+
+
+def missing(framework: str) -> str | None:
+    """What is not installed for this framework and how to install it; None if all is there."""
+    modules = {"torch": ["torch"], "tf": ["keras"], "jax": ["jax", "optax"]}[framework]
+    absent = [module for module in modules if find_spec(module) is None]
+    if absent:
+        return f"{framework}: {' and '.join(absent)} not installed (pip install 'ada2ms[{framework}]')"
+    if framework == "tf" and not any(find_spec(backend) for backend in KERAS_BACKENDS):
+        return f"tf: Keras has no backend (install one of {', '.join(KERAS_BACKENDS)})"
+    return None
+
+
+_Made = tuple[str, Trainer, AbstractContextManager[object]]
+
+
+def _torch(weights: list[Array], adaptivity: Scheduled) -> _Made:
+    import torch
+
+    from ada2ms.demo.on_torch import TorchTrainer
+    from ada2ms.torch import Ada2MS
+
+    torch.set_num_threads(1)  # a network this small gains nothing by more, and loses much on a busy machine
+    trainer = TorchTrainer(weights, lambda params: Ada2MS(params, lr=LEARNING_RATE, adaptivity=adaptivity))
+    return f"PyTorch {torch.__version__}", trainer, torch.device("cpu")
+
+
+def _tf(weights: list[Array], adaptivity: Scheduled) -> _Made:
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")  # TensorFlow greets at length
+    if "KERAS_BACKEND" not in os.environ and find_spec("tensorflow") is None:
+        os.environ["KERAS_BACKEND"] = next(backend for backend in KERAS_BACKENDS if find_spec(backend))
+    import keras
+
+    from ada2ms.demo.on_keras import KerasTrainer
+    from ada2ms.tf import Ada2MS
+
+    with keras.device("cpu"):
+        trainer = KerasTrainer(weights, Ada2MS(learning_rate=LEARNING_RATE, adaptivity=adaptivity))
+    return f"Keras {keras.__version__} on {keras.backend.backend()}", trainer, keras.device("cpu")
+
+
+def _jax(weights: list[Array], adaptivity: Scheduled) -> _Made:
+    import jax
+
+    from ada2ms.demo.on_jax import JaxTrainer
+    from ada2ms.jax import ada2ms
+
+    with jax.default_device(jax.devices("cpu")[0]):
+        trainer = JaxTrainer(weights, ada2ms(LEARNING_RATE, adaptivity=adaptivity))
+    return f"JAX {jax.__version__}", trainer, jax.default_device(jax.devices("cpu")[0])
+
+
+_TRAINERS: Final[dict[str, Callable[[list[Array], Scheduled], _Made]]] = {"torch": _torch, "tf": _tf, "jax": _jax}

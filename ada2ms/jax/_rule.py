@@ -1,0 +1,249 @@
+"""The rule over trees of JAX arrays. Its equations are in `ada2ms.core.spec`, its symbols' names in the table there."""
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Final, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax  # type: ignore[import-untyped]
+
+from ada2ms.core.hyperparameters import Nonfinite, Scope, check, value_at
+from ada2ms.jax._power import power
+
+_SMALLEST: Final = float(jnp.finfo(jnp.float32).tiny)  # type: ignore[no-untyped-call]
+
+
+class ScaleByAda2MSState(NamedTuple):
+    """State of `scale_by_ada2ms` and of `ada2ms`.
+
+    Attributes:
+        count: completed updates, k in the rule; int32 scalar.
+        mu: first moments, m; a tree like the parameters.
+        nu: elementwise second moments, v; a tree like the parameters. In a complex leaf the real part is the second
+            moment of the gradient's real part, and the imaginary part that of its imaginary part.
+        s: global second moment; a scalar in scope "model", one entry for each leaf in scope "tensor".
+        steps: completed updates of each leaf, t in the rule; int32, one entry for each leaf.
+        skipped: steps that `nonfinite="skip"` has skipped; int32 scalar.
+    """
+
+    count: jax.Array  # type: ignore[assignment]  # a tuple has a method of this name
+    mu: optax.Params
+    nu: optax.Params
+    s: jax.Array
+    steps: jax.Array
+    skipped: jax.Array
+
+
+# Makes updates of (m_hat / d, completed updates, parameters), in trees.
+Finish = Callable[[optax.Updates, jax.Array, optax.Params | None], optax.Updates]
+# Chooses between (new value, old value).
+Keep = Callable[[jax.Array, jax.Array], jax.Array]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rule:
+    """The arguments that `ada2ms` and `scale_by_ada2ms` share, and what they do with them."""
+
+    b1: Any
+    b2: Any
+    eps: Any
+    adaptivity: Any
+    mu_dtype: Any
+    nu_dtype: Any
+    scope: Scope
+    nonfinite: Nonfinite
+    axis_name: str | Sequence[str] | None
+
+    def __post_init__(self) -> None:
+        for field in ("b1", "b2", "eps", "adaptivity"):
+            check_number(field, getattr(self, field))
+        check("scope", self.scope)
+        check("nonfinite", self.nonfinite)
+        for field in ("mu_dtype", "nu_dtype"):
+            dtype = getattr(self, field)
+            try:
+                allowed = dtype is None or jnp.issubdtype(dtype, jnp.inexact)
+            except TypeError:
+                allowed = False
+            if not allowed:
+                raise ValueError(f"Invalid {field}: {dtype!r} ({field} must be None, or a floating or complex dtype)")
+
+    def init(self, params: optax.Params) -> ScaleByAda2MSState:
+        """Zeros, of the parameters' shapes, types and shardings; reads no values."""
+        leaves = jax.tree.leaves(params)
+        reals = [_real(_at_least_float32(p)) for p in leaves]
+        return ScaleByAda2MSState(
+            count=jnp.zeros([], jnp.int32),
+            mu=jax.tree.map(lambda p: _zeros(p, self.mu_dtype), params),
+            nu=jax.tree.map(lambda p: _zeros(p, self.nu_dtype), params),
+            s=jnp.zeros([] if self.scope == "model" else [len(leaves)], jnp.result_type(jnp.float32, *reals)),
+            steps=jnp.zeros([len(leaves)], jnp.int32),
+            skipped=jnp.zeros([], jnp.int32),
+        )
+
+    def update(
+        self, finish: Finish, updates: optax.Updates, state: ScaleByAda2MSState, params: optax.Params | None
+    ) -> tuple[optax.Updates, ScaleByAda2MSState]:
+        """One step: `finish(m_hat / d, ...)` in the gradients' types, and the state after it."""
+        tree: Any = jax.tree.structure(state.mu)
+        gradients = tree.flatten_up_to(updates)
+        mu, nu = tree.flatten_up_to(state.mu), tree.flatten_up_to(state.nu)
+        present = [i for i, g in enumerate(gradients) if g is not None]
+        if not present:
+            return updates, state
+
+        dtype = state.s.dtype
+        b2 = cast(number(self.b2), dtype)
+        # A schedule of a 32-bit count would compute in float32.
+        completed = state.count.astype(jnp.int64) if dtype == jnp.float64 else state.count
+        a = number(value_at(self.adaptivity, completed))
+        count = optax.safe_increment(state.count)
+        has_gradient = np.array([g is not None for g in gradients])
+        steps = jnp.where(has_gradient, optax.safe_increment(state.steps), state.steps)
+
+        squares, entries = _sums_of_squares(gradients, dtype, self.axis_name)
+        total = sum(squares, start=jnp.zeros([], dtype))
+        if self.scope == "model":
+            s = b2 * state.s + (1 - b2) * _mean(total, sum(entries))
+            s_hats = [s / _correction(b2, count, dtype)] * len(gradients)
+        else:
+            means = jnp.stack([_mean(x, n) for x, n in zip(squares, entries, strict=True)])
+            s = jnp.where(has_gradient, b2 * state.s + (1 - b2) * means, state.s)
+            s_hat = s / _correction(b2, jnp.maximum(steps, 1), dtype)  # 1 where there has been no gradient yet
+            s_hats = [s_hat[i] for i in range(len(gradients))]
+
+        def keep(new: jax.Array, old: jax.Array) -> jax.Array:
+            """The new value, or, in a step that is skipped, the old one."""
+            return new if self.nonfinite == "propagate" else jnp.where(jnp.isfinite(total), new, old)
+
+        directions: list[Any] = [None] * len(gradients)
+        for i in present:
+            g = jnp.asarray(gradients[i])
+            directions[i], mu[i], nu[i] = self._leaf(g, mu[i], nu[i], s_hats[i], steps[i], a, keep)
+        new_updates = finish(tree.unflatten(directions), completed, params)
+        like = (updates,) if params is None else (updates, params)
+        return (
+            map_updates(lambda u, *like: keep(u, jnp.zeros_like(u)).astype(jnp.result_type(*like)), new_updates, *like),
+            ScaleByAda2MSState(
+                count=keep(count, state.count),
+                mu=tree.unflatten(mu),
+                nu=tree.unflatten(nu),
+                s=keep(s, state.s),
+                steps=keep(steps, state.steps),
+                skipped=keep(state.skipped, optax.safe_increment(state.skipped)),
+            ),
+        )
+
+    def _leaf(
+        self, gradient: jax.Array, mu: jax.Array, nu: jax.Array, s_hat: jax.Array, t: jax.Array, a: Any, keep: Keep
+    ) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """(m_hat / d, m, v) of one leaf; in at least float32, a complex leaf as pairs of reals."""
+        pairs = jnp.iscomplexobj(gradient)
+        dtype = jnp.result_type(jnp.float32, *(_real(x.dtype) for x in (gradient, mu, nu)))
+        g, m, v = (_to_reals(x, pairs).astype(dtype) for x in (gradient, mu, nu))
+        b1, b2, eps, a = (cast(number(x), dtype) for x in (self.b1, self.b2, self.eps, a))
+
+        m = keep(b1 * m + (1 - b1) * g, m)
+        v = keep(b2 * v + (1 - b2) * (g * g), v)
+        m_hat = m * (1 / _correction(b1, t, dtype))  # one quotient, and a product for each entry
+        v_hat = v * (1 / _correction(b2, t, dtype))
+        d = _interpolate(v_hat, s_hat.astype(dtype), a) + eps
+        if not (isinstance(eps, float) and eps >= _SMALLEST):  # only without eps: where nothing has moved yet,
+            d = jnp.where(d == 0, jnp.inf, d)  # the update is 0
+        direction = _from_reals(m_hat / d, pairs)
+        return direction, _from_reals(m, pairs, mu.dtype), _from_reals(v, pairs, nu.dtype)
+
+
+def check_number(field: str, value: Any, argument: str | None = None, *, schedule: bool | None = None) -> None:
+    """As `ada2ms.core.hyperparameters.check`; but what JAX computes, and may not know yet, is taken as it is."""
+    if not isinstance(value, jax.Array):
+        check(field, value, argument, schedule=schedule)
+
+
+def number(value: Any) -> Any:
+    """A hyperparameter as a Python float, in double precision, unless JAX computes it."""
+    return value if isinstance(value, jax.Array) else float(value)
+
+
+def cast(value: Any, dtype: Any) -> Any:
+    """A hyperparameter that does not widen arrays of `dtype`."""
+    return value.astype(dtype) if isinstance(value, jax.Array) else value
+
+
+def map_updates(f: Callable[..., Any], updates: optax.Updates, *rest: Any) -> optax.Updates:
+    """`jax.tree.map` that leaves the updates alone that are None."""
+    return jax.tree.map(lambda u, *x: None if u is None else f(u, *x), updates, *rest, is_leaf=lambda u: u is None)
+
+
+def _interpolate(v: jax.Array, s: jax.Array, a: Any) -> jax.Array:
+    """v^(a/2) * s^((1-a)/2), where 0^0 = 1."""
+    if isinstance(a, float) and a in (0, 0.5, 1):  # the same, faster
+        return jnp.sqrt(jnp.sqrt(v) * jnp.sqrt(s)) if a == 0.5 else jnp.sqrt(v if a else s)
+    if v.dtype == jnp.float32:
+        return power(v, jnp.asarray(a / 2, jnp.float32)) * jnp.power(s, (1 - a) / 2)
+    return jnp.power(v, a / 2) * jnp.power(s, (1 - a) / 2)
+
+
+def _correction(beta: Any, count: jax.Array, dtype: Any) -> Any:
+    """1 - beta^count, without the cancellation that costs 1 - beta**count its digits."""
+    if isinstance(beta, float) and beta == 0:
+        return 1.0
+    log = math.log(beta) if isinstance(beta, float) else jnp.log1p(beta - 1)  # the difference is exact
+    return -jnp.expm1(count.astype(dtype) * log)
+
+
+def _mean(total: jax.Array, entries: float) -> jax.Array:
+    return total / entries if entries else total
+
+
+def _sums_of_squares(gradients: list[Any], dtype: Any, axis_name: Any) -> tuple[list[jax.Array], list[float]]:
+    """For each gradient the sum of its squares, and the number of reals in it; zeros for None."""
+    sums, entries = [], []
+    for g in gradients:
+        if g is None:
+            sums.append(jnp.zeros([], dtype))
+            entries.append(0.0)
+            continue
+        # The barrier keeps XLA from sharing g*g with the update of v, for which it would store all of g*g.
+        g = jax.lax.optimization_barrier(jnp.asarray(g))  # type: ignore[no-untyped-call]
+        pairs = jnp.iscomplexobj(g)
+        g = _to_reals(g, pairs)
+        sums.append(jnp.sum(jnp.square(g.astype(_at_least_float32(g)))).astype(dtype))
+        entries.append(float(g.size))
+    if axis_name is not None:
+        total = jax.lax.psum(jnp.stack(sums), axis_name)  # type: ignore[no-untyped-call]
+        devices = jax.lax.psum(1, axis_name)  # type: ignore[no-untyped-call]
+        return [total[i] for i in range(len(sums))], [n * devices for n in entries]
+    return sums, entries
+
+
+def _zeros(p: Any, dtype: Any) -> jax.Array:
+    """Zeros like a parameter, in `dtype`; a complex one in a real `dtype` becomes pairs along a new leading axis."""
+    dtype = _at_least_float32(p) if dtype is None else jax.dtypes.canonicalize_dtype(dtype)
+    zeros = jnp.zeros_like(p, dtype=dtype)
+    if jnp.issubdtype(jnp.result_type(p), jnp.complexfloating) and not jnp.iscomplexobj(zeros):
+        return jnp.stack([zeros, zeros])
+    return zeros
+
+
+def _to_reals(x: jax.Array, pairs: bool) -> jax.Array:
+    """A complex leaf, or its state, as pairs of reals along a new leading axis."""
+    return jnp.stack([x.real, x.imag]) if pairs and jnp.iscomplexobj(x) else x.real
+
+
+def _from_reals(x: jax.Array, pairs: bool, dtype: Any = None) -> jax.Array:
+    """The reverse of `_to_reals`, stored in `dtype`."""
+    if pairs and (dtype is None or jnp.issubdtype(dtype, jnp.complexfloating)):
+        x = jax.lax.complex(x[0], x[1])
+    return x if dtype is None else x.astype(dtype)
+
+
+def _at_least_float32(x: Any) -> Any:
+    return jnp.promote_types(jnp.result_type(x), jnp.float32)
+
+
+def _real(dtype: Any) -> Any:
+    return jnp.finfo(dtype).dtype  # type: ignore[no-untyped-call]

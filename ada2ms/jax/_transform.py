@@ -1,0 +1,186 @@
+"""Ada2MS as Optax transformations."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax  # type: ignore[import-untyped]
+
+from ada2ms.core.hyperparameters import DEFAULT_NONFINITE, DEFAULT_SCOPE, DEFAULTS, Nonfinite, Scope, value_at
+from ada2ms.jax._rule import Finish, Rule, ScaleByAda2MSState, cast, check_number, map_updates, number
+
+AxisName = str | Sequence[str] | None
+
+
+def ada2ms(
+    learning_rate: optax.ScalarOrSchedule = DEFAULTS.lr,
+    b1: jax.typing.ArrayLike = DEFAULTS.b1,
+    b2: jax.typing.ArrayLike = DEFAULTS.b2,
+    eps: jax.typing.ArrayLike = DEFAULTS.eps,
+    *,
+    mu_dtype: Any = None,
+    nu_dtype: Any = None,
+    weight_decay: optax.ScalarOrSchedule = DEFAULTS.weight_decay,
+    mask: Any | Callable[[optax.Params], Any] | None = None,
+    adaptivity: optax.ScalarOrSchedule = DEFAULTS.adaptivity,
+    scope: Scope = DEFAULT_SCOPE,
+    nonfinite: Nonfinite = DEFAULT_NONFINITE,
+    axis_name: AxisName = None,
+) -> optax.GradientTransformationExtraArgs:
+    r"""Ada2MS: between AdamW and momentum SGD, by interpolating elementwise and global second moments geometrically.
+
+    .. math::
+
+        m_t &= \beta_1 m_{t-1} + (1-\beta_1) g_t \\
+        v_t &= \beta_2 v_{t-1} + (1-\beta_2) g_t^2 \\
+        s_t &= \beta_2 s_{t-1} + (1-\beta_2) \operatorname{mean}(g_t^2) \\
+        u_t &= -\alpha_t \left(\frac{\hat m_t}{\hat v_t^{a/2} \hat s_t^{(1-a)/2} + \varepsilon}
+               + \lambda \theta_{t-1}\right)
+
+    Adaptivity a = 1 is AdamW; a = 0 is momentum SGD, normalised by one number for the whole model. This is this
+    project's reading of the abstract of Zhu, Xiao, Min 2026 (arXiv 2605.20533), which gives no formula:
+    `ada2ms.core.spec` tells the two apart. The mean is over the leaves that the transformation is given: inside
+    `optax.masked` or `optax.partition`, those of the group.
+
+    Arithmetic is in at least float32, whatever the gradients' type. Updates have the gradients' type (that of
+    parameters and gradients together, if they differ). A leaf whose gradient is None keeps its parameter and its state
+    and has None for an update. `optax.apply_updates` raises on that; give it zeros there::
+
+        updates = jax.tree.map(lambda p, u: jnp.zeros_like(p) if u is None else u, params, updates)
+
+    As everywhere in Optax, complex gradients are to be conjugated first.
+
+    Args:
+        learning_rate: a number, at least 0; or a schedule, given the count of completed updates.
+        b1: decay rate of the first moment, in [0, 1).
+        b2: decay rate of both second moments, in [0, 1).
+        eps: added to the denominator, after bias correction and outside the root; at least 0.
+        mu_dtype: type of the first moments; by default the parameters', but float32 for 16-bit ones. (A real type for
+            complex leaves keeps pairs of reals along a new leading axis.)
+        nu_dtype: type of the second moments, likewise. 16 bits are too few for b2 = 0.999: the average stands still.
+        weight_decay: decoupled weight decay, scaled by the learning rate; at least 0; a number or a schedule.
+        mask: where to decay: a tree of booleans like the parameters, a prefix of it, or a function from the one to the
+            other. By default everywhere.
+        adaptivity: a number in [0, 1]; or a schedule, of Optax or of `ada2ms.core`.
+        scope: "model": one global second moment for all leaves; "tensor": one for each leaf.
+        nonfinite: "propagate", or "skip" steps whose sum of squared gradients is not finite: nothing changes then,
+            weight decay and schedules included, but `skipped` in the state.
+        axis_name: axes of `jax.shard_map` over which the parameters are sharded, if they are. Not for gradients that
+            are averaged over data-parallel devices, and not under `jax.jit`, which needs nothing.
+
+    Returns:
+        A transformation whose state is a `ScaleByAda2MSState`. Its `update` needs the parameters.
+
+    Raises:
+        TypeError, ValueError: naming the argument, its value and what is allowed.
+
+    Example:
+        >>> import jax, jax.numpy as jnp, optax
+        >>> from ada2ms.jax import ada2ms
+        >>> params = jnp.array([1.0, 2.0, 3.0])
+        >>> optimizer = ada2ms(learning_rate=0.5, adaptivity=optax.linear_schedule(1.0, 0.0, 100))
+        >>> state = optimizer.init(params)
+        >>> for _ in range(5):
+        ...     gradients = jax.grad(lambda x: jnp.sum(x**2))(params)
+        ...     updates, state = optimizer.update(gradients, state, params)
+        ...     params = optax.apply_updates(params, updates)
+        >>> bool(jnp.sum(params**2) < 1)
+        True
+    """
+    check_number("lr", learning_rate, "learning_rate")
+    check_number("weight_decay", weight_decay, schedule=True)
+    rule = Rule(
+        b1=b1,
+        b2=b2,
+        eps=eps,
+        adaptivity=adaptivity,
+        mu_dtype=mu_dtype,
+        nu_dtype=nu_dtype,
+        scope=scope,
+        nonfinite=nonfinite,
+        axis_name=axis_name,
+    )
+
+    def finish(directions: optax.Updates, count: jax.Array, params: optax.Params | None) -> optax.Updates:
+        if params is None:
+            raise ValueError("Invalid params: None (update must be given the parameters, which weight decay is of)")
+        lr, wd = number(value_at(learning_rate, count)), number(value_at(weight_decay, count))
+        params = jax.tree.map(lambda p: jnp.asarray(p, jnp.promote_types(jnp.result_type(p), jnp.float32)), params)
+        decaying = optax.add_decayed_weights(wd, mask)  # for Optax' own reading of masks
+        decay, _ = decaying.update(optax.tree.zeros_like(params), decaying.init(params), params)
+        return map_updates(lambda u, w: -cast(lr, u.dtype) * (u + w), directions, decay)
+
+    return _transformation(rule, finish)
+
+
+def scale_by_ada2ms(
+    b1: jax.typing.ArrayLike = DEFAULTS.b1,
+    b2: jax.typing.ArrayLike = DEFAULTS.b2,
+    eps: jax.typing.ArrayLike = DEFAULTS.eps,
+    *,
+    mu_dtype: Any = None,
+    nu_dtype: Any = None,
+    adaptivity: optax.ScalarOrSchedule = DEFAULTS.adaptivity,
+    scope: Scope = DEFAULT_SCOPE,
+    nonfinite: Nonfinite = DEFAULT_NONFINITE,
+    axis_name: AxisName = None,
+) -> optax.GradientTransformationExtraArgs:
+    """Rescales gradients as `ada2ms` does, without learning rate and weight decay: m_hat / d.
+
+    For chains of one's own, such as a learning rate for each group of leaves, chosen after the global second moment was
+    taken over all of them::
+
+        rates = {"slow": optax.scale(-1e-4), "fast": optax.scale(-1e-3)}
+        optimizer = optax.chain(scale_by_ada2ms(), optax.partition(rates, labels))
+
+    A step that `nonfinite="skip"` skips has zeros for updates; what follows in a chain does not know of it.
+
+    Args:
+        b1: as for `ada2ms`; and so are all others.
+        b2: decay rate of both second moments.
+        eps: added to the denominator.
+        mu_dtype: type of the first moments.
+        nu_dtype: type of the second moments.
+        adaptivity: a number in [0, 1], or a schedule.
+        scope: "model" or "tensor".
+        nonfinite: "propagate" or "skip".
+        axis_name: axes of `jax.shard_map` over which the parameters are sharded, if they are.
+
+    Returns:
+        A transformation whose state is a `ScaleByAda2MSState`. Its `update` does not need the parameters.
+
+    Raises:
+        TypeError, ValueError: naming the argument, its value and what is allowed.
+
+    Example:
+        >>> import jax.numpy as jnp, optax
+        >>> from ada2ms.jax import scale_by_ada2ms
+        >>> optimizer = optax.chain(scale_by_ada2ms(adaptivity=0.0), optax.scale_by_learning_rate(1.0))
+        >>> gradients = jnp.array([3.0, -4.0])
+        >>> updates, state = optimizer.update(gradients, optimizer.init(gradients))
+        >>> bool(jnp.allclose(updates, -gradients / jnp.sqrt(jnp.mean(gradients**2))))
+        True
+    """
+    rule = Rule(
+        b1=b1,
+        b2=b2,
+        eps=eps,
+        adaptivity=adaptivity,
+        mu_dtype=mu_dtype,
+        nu_dtype=nu_dtype,
+        scope=scope,
+        nonfinite=nonfinite,
+        axis_name=axis_name,
+    )
+    return _transformation(rule, lambda directions, count, params: directions)
+
+
+def _transformation(rule: Rule, finish: Finish) -> optax.GradientTransformationExtraArgs:
+    def update(
+        updates: optax.Updates, state: ScaleByAda2MSState, params: optax.Params | None = None, **extra_args: Any
+    ) -> tuple[optax.Updates, ScaleByAda2MSState]:
+        del extra_args
+        return rule.update(finish, updates, state, params)
+
+    return optax.GradientTransformationExtraArgs(rule.init, update)

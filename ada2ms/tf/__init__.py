@@ -1,0 +1,25 @@
+"""Ada2MS for Keras 3, on its TensorFlow, JAX and torch backends: write it wherever `keras.optimizers.AdamW` stands.
+
+    import keras
+    from ada2ms.tf import Ada2MS
+
+    model.compile(optimizer=Ada2MS(learning_rate=1e-3), loss="mse")
+
+After this import, `model.compile(optimizer="ada2ms")` works too.
+"""
+
+from ada2ms._extras import require
+
+require("keras", "tf")
+
+import keras
+
+if int(keras.__version__.partition(".")[0]) < 3:
+    raise ImportError(
+        f"ada2ms.tf needs Keras 3, not Keras {keras.__version__} or tf_keras: pip install 'ada2ms[tf]'", name="keras"
+    )
+
+from ada2ms.tf.callback import Ada2MSLogger
+from ada2ms.tf.optimizer import Ada2MS
+
+__all__ = ["Ada2MS", "Ada2MSLogger"]

@@ -1,0 +1,158 @@
+"""One step of the whole model: the mean of g*g, then s and the update of each parameter group."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim.optimizer import _default_to_fused_or_foreach
+
+from ada2ms.core.hyperparameters import check, value_at
+from ada2ms.torch.functional import Options, Scalar, _multi_tensor_ada2ms, _single_tensor_ada2ms, correction
+from ada2ms.torch.reduction import among, entries, local, squares, whole, writable
+
+
+@dataclass
+class Batch:
+    """What a step needs of one parameter group: the tensors that have a gradient, and their state."""
+
+    group: dict[str, Any]
+    params: list[Tensor] = field(default_factory=list)
+    grads: list[Tensor] = field(default_factory=list)
+    exp_avgs: list[Tensor] = field(default_factory=list)
+    exp_avg_sqs: list[Tensor] = field(default_factory=list)
+    steps: list[Tensor] = field(default_factory=list)
+    global_exp_avg_sqs: list[Tensor] = field(default_factory=list)  # one; with scope "tensor" one per tensor
+    counts: list[Tensor] = field(default_factory=list)  # k, and the skipped steps
+
+
+def ada2ms(
+    batches: Sequence[Batch],
+    grad_scale: Tensor | None = None,
+    found_inf: Tensor | None = None,
+    shard_group: Any = None,
+) -> None:
+    """One step of the whole model, in place.
+
+    Args:
+        batches: one per parameter group.
+        grad_scale: a scalar that the gradients are to be divided by.
+        found_inf: a scalar; unless it is 0, the step is skipped.
+        shard_group: the process group whose members hold the other parameters of the model.
+    """
+    params = [p for batch in batches for p in batch.params]
+    if not params and shard_group is None:
+        return
+    for batch in batches:
+        batch.grads = [local(g, p) for g, p in zip(batch.grads, batch.params, strict=True)]
+        if grad_scale is not None:
+            batch.grads = [
+                g.to(torch.promote_types(g.dtype, torch.float32)) / grad_scale.to(g.device) for g in batch.grads
+            ]
+    group = batches[0].group
+    each, dtype = group["scope"] == "tensor", group["global_exp_avg_sq"].dtype
+    squared = squares([g for batch in batches for g in batch.grads], dtype)
+    sizes = [entries(p) for p in params]
+    live: Tensor | None = None
+    size: int | Tensor = max(sum(sizes), 1)
+    if shard_group is None:
+        sums = whole(squared, params, dtype, each=each)
+    else:
+        sums, size = among(shard_group, squared, params, group["global_exp_avg_sq"])
+        live = size > 0  # else no member has a gradient, and nothing happens
+        size = size.clamp(min=1)
+
+    on_host = _on_host(group, sums)
+    if found_inf is not None:
+        good = found_inf.to(sums.device).squeeze() == 0
+        live = good if live is None else live & good
+    if group["nonfinite"] == "skip":
+        finite = sums.sum().isfinite()
+        for batch in batches:
+            writable(batch.counts[1]).add_(~finite)
+        live = finite if live is None else live & finite
+    if live is not None and on_host:
+        if not live.item():
+            return
+        live = None
+
+    if not each:
+        mean = sums / size
+        for batch in batches:
+            _update(batch, [mean], live)
+        return
+    means = (sums / torch.tensor([max(n, 1) for n in sizes], dtype=dtype, device=sums.device)).unbind()
+    start = 0
+    for batch in batches:
+        end = start + len(batch.params)
+        _update(batch, means[start:end], live)
+        start = end
+
+
+def _on_host(group: dict[str, Any], tensor: Tensor) -> bool:
+    """Whether Python may read this scalar without waiting for a device."""
+    return tensor.is_cpu and not group["capturable"] and not torch.compiler.is_compiling()
+
+
+def _update(batch: Batch, means: Sequence[Tensor], live: Tensor | None) -> None:
+    """One step of a group, given mean(g*g) of the model or of each tensor, and whether to update at all."""
+    group, (k, _), dtype = batch.group, batch.counts, means[0].dtype if means else torch.float32
+    on_host = live is None and _on_host(group, k)
+    differentiable = group["differentiable"]
+
+    def scalar(value: Any) -> Any:
+        """A number where the host may know it, else a 0-d tensor."""
+        if not isinstance(value, Tensor):
+            return value
+        return value.item() if on_host and not differentiable else value.reshape(())
+
+    lr, weight_decay = scalar(group["lr"]), scalar(group["weight_decay"])
+    beta1, beta2 = scalar(group["betas"][0]), scalar(group["betas"][1])
+    adaptivity = scalar(value_at(group["adaptivity"], int(k.item()) if on_host else k.to(dtype)))
+    if callable(group["adaptivity"]) and not isinstance(adaptivity, Tensor):
+        check("adaptivity", adaptivity, schedule=False)
+    for count in (k, *batch.steps):
+        writable(count).add_(1 if live is None else live.to(count.device))
+    weight2 = 1 - beta2
+    if live is not None:  # a step that is skipped: no learning rate, and no weight to this gradient
+        lr, weight2 = lr * live.to(dtype), weight2 * live.to(dtype)
+
+    # s <- b2*s + (1-b2)*mean(g*g),   s_hat = s/(1-b2^k)
+    s_hats: list[Scalar] = []
+    counts = batch.steps if group["scope"] == "tensor" else [k]
+    for s, mean, count in zip(batch.global_exp_avg_sqs, means, counts, strict=True):
+        mean = mean.to(s.device, s.dtype)
+        if live is not None:
+            mean = torch.where(live.to(s.device), mean, 0.0)
+        writable(s).mul_(1 - weight2 if isinstance(weight2, Tensor) else beta2).add_(mean * weight2)
+        value: Scalar = s.clone() if differentiable else s.item() if on_host and s.is_cpu else s
+        s_hats.append(value / correction(beta2, count.item() if on_host else count, s.dtype))
+    if group["scope"] == "model":
+        s_hats *= len(batch.params)
+
+    if not batch.params:
+        return
+    params = [local(p) for p in batch.params]
+    foreach = group["foreach"]
+    if foreach is None:
+        foreach = _default_to_fused_or_foreach(params, differentiable, use_fused=False)[1]
+    (_multi_tensor_ada2ms if foreach else _single_tensor_ada2ms)(
+        params,
+        batch.grads,
+        [local(m) for m in batch.exp_avgs],
+        [local(v) for v in batch.exp_avg_sqs],
+        [t.item() if on_host else t for t in batch.steps],
+        s_hats,
+        Options(
+            lr,
+            beta1,
+            beta2,
+            group["eps"],
+            weight_decay,
+            adaptivity,
+            group["maximize"],
+            differentiable,
+            live,
+        ),
+    )

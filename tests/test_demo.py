@@ -1,0 +1,133 @@
+"""The demo, as its users see it: what it prints, what it saves, and when it fails."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from ada2ms import core
+from ada2ms.cli import adaptivity, main
+from ada2ms.demo import digits, run
+
+
+@pytest.mark.keras
+def test_all_frameworks_agree(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["demo", "--steps", "5", "--out", str(tmp_path), "--json", "--adaptivity", "cosine:1:0:4"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert [f["framework"] for f in found["frameworks"]] == ["torch", "tf", "jax"]
+    assert found["steps"] == 5
+    assert found["parted"] == []
+    assert len(found["from_each_other"]) == 5
+    losses = np.array([f["losses"] for f in found["frameworks"]])
+    assert np.ptp(losses, axis=0).max() < 1e-4
+    assert np.all(losses[:, -1] < losses[:, 0])
+    assert 0 < max(found["from_each_other"]) <= found["bounds"]["from_each_other"]
+    assert (tmp_path / "trajectories.png").read_bytes()[:4] == b"\x89PNG"
+
+
+def test_trajectories_that_part_fail(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import torch
+
+    import ada2ms.torch
+
+    class Other(torch.optim.AdamW):
+        def __init__(self, params: Any, lr: float, adaptivity: float) -> None:
+            super().__init__(params, lr)
+
+    monkeypatch.setattr(ada2ms.torch, "Ada2MS", Other)
+    assert main(["demo", "--steps", "3", "--out", str(tmp_path), "--frameworks", "torch", "jax"]) == 1
+    shown = " ".join(capsys.readouterr().out.split())
+    assert f"Beyond the bound: PyTorch {torch.__version__} parts from the NumPy rule: step 1" in shown
+    assert "Beyond the bound: the frameworks part from each other: step 1" in shown
+
+
+def test_a_nan_is_beyond_every_bound() -> None:
+    weights = [np.ones(2)]
+    parted = run.parted([run.Run("torch", "PyTorch", [1.0], [weights], [float("nan")], 1.0, 0.0)])
+    assert parted == ["PyTorch parts from the NumPy rule: step 1, deviation nan, bound 2.4e-06"]
+
+
+def hide(monkeypatch: pytest.MonkeyPatch, *modules: str) -> None:
+    real = run.find_spec
+    monkeypatch.setattr(run, "find_spec", lambda name: None if name in modules else real(name))
+
+
+def test_a_missing_framework_is_named_and_the_others_run(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hide(monkeypatch, "keras", "torch")
+    assert main(["demo", "--steps", "2", "--out", str(tmp_path)]) == 0
+    shown = " ".join(capsys.readouterr().out.split())
+    assert "Not installed: torch: torch not installed (pip install 'ada2ms[torch]')" in shown
+    assert "Not installed: tf: keras not installed (pip install 'ada2ms[tf]')" in shown
+    assert "JAX" in shown
+
+
+def test_a_missing_framework_that_was_asked_for_is_an_error(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hide(monkeypatch, "optax")
+    assert main(["demo", "--out", str(tmp_path), "--frameworks", "torch", "jax"]) == 2
+    assert "jax: optax not installed (pip install 'ada2ms[jax]')" in " ".join(capsys.readouterr().out.split())
+    assert not list(tmp_path.iterdir())
+
+
+def test_without_any_framework(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hide(monkeypatch, "torch", "tensorflow", "jax")
+    assert main(["demo", "--out", str(tmp_path)]) == 2
+    shown = " ".join(capsys.readouterr().out.split())
+    assert "Keras has no backend (install one of tensorflow, jax, torch)" in shown
+    assert shown.count("Not installed:") == 3
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [
+        ("0.25", 0.25),
+        ("linear:1:0:200", core.Linear(1, 0, 200)),
+        ("exponential:1:0.5:30", core.Exponential(1, 0.5, 30)),
+    ],
+)
+def test_adaptivity(text: str, value: object) -> None:
+    assert adaptivity(text) == value
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--adaptivity", "1.5"], "Invalid adaptivity: '1.5'"),
+        (["--adaptivity", "linear:1:0"], "must be linear:start:end:steps"),
+        (["--adaptivity", "square:1:0"], "one of constant, linear, cosine, exponential"),
+        (["--adaptivity", "linear:1:0:1.5"], "Invalid adaptivity: 'linear:1:0:1.5'"),
+        (["--steps", "0"], "Invalid steps: '0' (must be a whole number above 0)"),
+        (["--frameworks", "mxnet"], "invalid choice: 'mxnet'"),
+    ],
+)
+def test_bad_arguments(arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as exit_:
+        main(["demo", *arguments])
+    assert exit_.value.code == 2
+    assert message in capsys.readouterr().err
+
+
+def test_as_a_module() -> None:
+    done = subprocess.run([sys.executable, "-m", "ada2ms", "--version"], capture_output=True, text=True, check=True)
+    assert done.stdout.startswith("ada2ms ")
+
+
+def test_batches_cover_the_data_and_repeat_with_the_seed() -> None:
+    data = digits.load()
+    first = list(data.batches(22, seed=1))  # one epoch of 1437 images, in batches of 64
+    again = list(data.batches(22, seed=1))
+    assert all(np.array_equal(a[0], b[0]) for a, b in zip(first, again, strict=True))
+    seen = np.concatenate([images for images, _ in first]).reshape(-1, 64)
+    assert len(seen) == 22 * 64
+    assert len(np.unique(seen, axis=0)) == len(seen)

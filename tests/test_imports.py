@@ -1,0 +1,83 @@
+"""What an import loads, and what is said where a framework is missing. Each test has an interpreter of its own."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+
+FRAMEWORKS = ("torch", "tensorflow", "keras", "jax", "optax")
+
+
+# As if the module were not installed: a None in sys.modules, or a finder that raises, breaks libraries that only look.
+ABSENT = """
+import sys
+from importlib.machinery import PathFinder
+find = PathFinder.find_spec
+PathFinder.find_spec = lambda name, *args: None if name.partition('.')[0] == {!r} else find(name, *args)
+"""
+
+
+def run(code: str, absent: str = "", keras_backend: str = "jax") -> str:
+    """What `code` prints in a fresh interpreter in which `absent` is not installed."""
+    code = ABSENT.format(absent) + code
+    environment = {**os.environ, "KERAS_BACKEND": keras_backend, "TF_CPP_MIN_LOG_LEVEL": "3"}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    return done.stdout.strip()
+
+
+@pytest.mark.parametrize(
+    "code",
+    [
+        "import ada2ms",
+        "import ada2ms.core",
+        "import ada2ms; ada2ms.core.Ada2MS([]).step([])",
+        "import ada2ms; dir(ada2ms)",
+        "from ada2ms.core import golden; assert golden.load()",
+        "from ada2ms.core import oracle, golden_cases; assert golden_cases.themes()",
+    ],
+)
+def test_core_loads_no_framework(code: str) -> None:
+    """Nor mpmath, which only making golden vectors needs."""
+    assert run(f"{code}\nprint(sorted(set(sys.modules) & set({(*FRAMEWORKS, 'mpmath')})))") == "[]"
+
+
+@pytest.mark.parametrize(("backend", "own"), [("torch", ["torch"]), ("jax", ["jax", "optax"])])
+def test_a_backend_loads_its_own_framework_only(backend: str, own: list[str]) -> None:
+    """Keras loads others itself, as it pleases."""
+    assert run(f"import ada2ms.{backend}\nprint(sorted(set(sys.modules) & set({FRAMEWORKS})))") == str(own)
+
+
+@pytest.mark.parametrize("backend", ["torch", "tf", "jax"])
+def test_a_backend_loads_no_other_backend(backend: str) -> None:
+    loaded = "{name.split('.')[1] for name in sys.modules if name.startswith('ada2ms.')}"
+    assert run(f"import ada2ms.{backend}\nprint(sorted({loaded}))") == str(sorted(["_extras", backend, "core"]))
+
+
+@pytest.mark.parametrize(
+    ("absent", "extra", "keras_backend"),
+    [("torch", "torch", "jax"), ("keras", "tf", "jax"), ("jax", "jax", "torch"), ("optax", "jax", "jax")],
+)
+def test_a_missing_framework_is_named_and_the_others_work(absent: str, extra: str, keras_backend: str) -> None:
+    others = "".join(f"import ada2ms.{name}\n" for name in ("torch", "tf", "jax") if name != extra)
+    code = f"""
+try:
+    import ada2ms.{extra}
+except ImportError as error:
+    print(error.name, error)
+{others}"""
+    wanted = f"{absent} ada2ms.{extra} needs {absent}, which is not installed: pip install 'ada2ms[{extra}]'"
+    assert run(code, absent, keras_backend) == wanted
+
+
+@pytest.mark.parametrize("keras_backend", ["torch", "jax"])
+def test_keras_backend_needs_no_tensorflow(keras_backend: str) -> None:
+    assert run("import ada2ms.tf; print(ada2ms.tf.Ada2MS.__name__)", "tensorflow", keras_backend) == "Ada2MS"
+
+
+def test_unknown_attribute() -> None:
+    import ada2ms
+
+    with pytest.raises(AttributeError, match="'ada2ms' has no attribute 'tensorflow'"):
+        ada2ms.tensorflow  # noqa: B018

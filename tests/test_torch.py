@@ -1,0 +1,459 @@
+"""The torch optimizer beyond the golden trajectories: torch's options, errors, dtypes, layouts, autograd."""
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+from ada2ms import core
+from ada2ms.torch import Ada2MS
+from support import place, require_device
+
+SHAPES = [(3, 4), (), (5,), (0,), (2, 1500)]
+IMPLEMENTATIONS = [
+    pytest.param({"foreach": False}, id="for-loop"),
+    pytest.param({"foreach": True}, id="foreach"),
+    pytest.param({"foreach": False, "capturable": True}, id="for-loop capturable"),
+    pytest.param({"foreach": True, "capturable": True}, id="foreach capturable"),
+]
+ADAPTIVITIES = [0.0, 0.3, 0.5, 1.0, core.Linear(1.0, 0.0, 5), core.Cosine(0.0, 1.0, 4), core.Exponential(1.0, 0.0, 2.0)]
+
+
+@pytest.fixture(params=["cpu", pytest.param("gpu", marks=pytest.mark.gpu)])
+def device(request: pytest.FixtureRequest) -> str:
+    return request.param
+
+
+def random(shape: tuple[int, ...], seed: int, **kind: Any) -> Tensor:
+    return torch.tensor(np.random.default_rng(seed).normal(size=shape), **kind)
+
+
+def parameters(**kind: Any) -> list[nn.Parameter]:
+    return [nn.Parameter(random(shape, seed, **kind)) for seed, shape in enumerate(SHAPES)]
+
+
+def give_gradients(params: list[nn.Parameter], step: int, missing: bool = False) -> None:
+    """The same gradients for the same step and shapes; every fourth one missing, on demand."""
+    for i, p in enumerate(params):
+        p.grad = random(tuple(p.shape), 100 * step + i + 10).to(p.device, p.dtype)
+        if missing and (i + step) % 4 == 0:
+            p.grad = None
+
+
+def assert_same(left: list[nn.Parameter], right: list[nn.Parameter], bound: float) -> None:
+    """`bound` is relative to the largest entry of each tensor."""
+    for p, q in zip(left, right, strict=True):
+        if p.numel():
+            assert (p.double() - q.double()).abs().max() <= bound * q.double().abs().max()
+
+
+@pytest.mark.parametrize("scope", ["model", "tensor"])
+@pytest.mark.parametrize("adaptivity", ADAPTIVITIES, ids=str)
+@pytest.mark.parametrize("options", IMPLEMENTATIONS)
+def test_follows_the_specification(options: dict[str, Any], adaptivity: Any, scope: Any, device: str) -> None:
+    """Ten steps with two groups and missing gradients: float64, within the roundings of a few operations a step."""
+    require_device("torch", device)
+    params = parameters(dtype=torch.float64, device=place("torch", device))
+    arrays = [p.detach().cpu().numpy().copy() for p in params]
+    given = {"lr": 0.01, "adaptivity": adaptivity, "scope": scope}
+    expected = core.Ada2MS([{"params": arrays[:2], "weight_decay": 0.3}, {"params": arrays[2:], "b2": 0.9}], **given)
+    groups = [{"params": params[:2], "weight_decay": 0.3}, {"params": params[2:], "betas": (0.9, 0.9)}]
+    optimizer = Ada2MS(groups, **given, **options)
+    for step in range(10):
+        give_gradients(params, step, missing=True)
+        expected.step([None if p.grad is None else p.grad.cpu().numpy() for p in params])
+        optimizer.step()
+    assert_same(params, [nn.Parameter(torch.from_numpy(x)) for x in arrays], 1e-13)
+    assert [int(g["global_step"]) for g in optimizer.param_groups] == [10, 10]
+
+
+@pytest.mark.parametrize("options", IMPLEMENTATIONS)
+@pytest.mark.parametrize("maximize", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.complex128])
+def test_adaptivity_1_is_adamw(dtype: torch.dtype, maximize: bool, options: dict[str, Any]) -> None:
+    """Twenty steps; a few roundings a step of difference, for the same formula in another order."""
+    ours, theirs = parameters(), parameters()
+    with torch.no_grad():
+        ours, theirs = ([nn.Parameter(p.to(dtype)) for p in params] for params in (ours, theirs))
+    hyper: dict[str, Any] = {"lr": 0.05, "betas": (0.8, 0.95), "eps": 1e-6, "weight_decay": 0.1, "maximize": maximize}
+    left, right = Ada2MS(ours, adaptivity=1, **hyper, **options), torch.optim.AdamW(theirs, **hyper)
+    for step in range(20):
+        for params in (ours, theirs):
+            give_gradients(params, step, missing=True)
+            if dtype.is_complex:
+                for i, p in enumerate(params):
+                    p.grad = None if p.grad is None else p.grad + 1j * random(tuple(p.shape), i)
+        left.step()
+        right.step()
+    for p, q in zip(ours, theirs, strict=True):
+        assert p.numel() == 0 or (p - q).abs().max() <= 20 * torch.finfo(dtype).eps * q.abs().max()
+
+
+def test_half_precision_has_float32_state() -> None:
+    """A 16-bit parameter takes the float32 step from its own value, rounded once; even where g*g overflows 16 bits."""
+    for dtype in (torch.bfloat16, torch.float16):
+        for options in ({"foreach": False}, {"foreach": True}):
+            p, q = (nn.Parameter(torch.linspace(-3, 3, 8, dtype=dtype)) for _ in range(2))
+            wide = nn.Parameter(torch.empty(8))
+            narrow, reference = Ada2MS([p], lr=0.1, **options), Ada2MS([wide], lr=0.1)
+            for step in range(5):
+                p.grad = 300 * random((8,), step).to(dtype)
+                wide.grad = p.grad.float()
+                with torch.no_grad():
+                    wide.copy_(q)
+                narrow.step()
+                reference.step()
+                with torch.no_grad():
+                    q.copy_(wide)
+            assert torch.equal(p, q)
+            assert p.dtype == dtype
+            assert all(narrow.state[p][key].dtype == torch.float32 for key in ("exp_avg", "exp_avg_sq"))
+            assert narrow.param_groups[0]["global_exp_avg_sq"].isfinite()
+
+
+@pytest.mark.parametrize("options", IMPLEMENTATIONS)
+@pytest.mark.parametrize("eps", [0.0, 1e-60, 1e-8])
+@pytest.mark.parametrize("adaptivity", [0.0, 0.3, 0.5, 1.0])
+def test_zeros_give_no_update(adaptivity: float, eps: float, options: dict[str, Any]) -> None:
+    """Gradients of zero change nothing but by weight decay, whether eps is 0, vanishes in float32, or not."""
+    params, before = parameters(dtype=torch.float32), parameters(dtype=torch.float32)
+    optimizer = Ada2MS(params, lr=0.5, eps=eps, weight_decay=0, adaptivity=adaptivity, **options)
+    for _ in range(3):
+        for p in params:
+            p.grad = torch.zeros_like(p)
+        optimizer.step()
+    assert_same(params, before, 0)
+
+
+def test_no_learning_rate_no_change() -> None:
+    """What distributed checkpointing does to make the state: a step with lr = 0 and gradients of zero."""
+    params, before = parameters(dtype=torch.float32), parameters(dtype=torch.float32)
+    optimizer = Ada2MS(params, lr=torch.tensor(0.0))
+    for p in params:
+        p.grad = torch.zeros_like(p)
+    optimizer.step()
+    assert_same(params, before, 0)
+    assert all(key in optimizer.state[p] for p in params for key in ("step", "exp_avg", "exp_avg_sq"))
+
+
+@pytest.mark.parametrize("scope", ["model", "tensor"])
+@pytest.mark.parametrize("options", IMPLEMENTATIONS)
+def test_skipped_steps_leave_no_trace(options: dict[str, Any], scope: Any) -> None:
+    """With steps of NaN or infinity among them, bit for bit as without those; also when the first step is one."""
+    runs = []
+    for bad_steps in ((0, 2, 3), ()):
+        params = parameters(dtype=torch.float32)
+        optimizer = Ada2MS(params, lr=0.1, nonfinite="skip", scope=scope, adaptivity=core.Linear(1, 0, 4), **options)
+        for step in range(6):
+            for bad in (math.nan, math.inf) if step in bad_steps else ():
+                give_gradients(params, step)
+                params[2].grad[1] = bad
+                optimizer.step()
+            give_gradients(params, step)
+            optimizer.step()
+        assert optimizer.param_groups[0]["skipped"] == 2 * len(bad_steps)
+        runs.append((params, [optimizer.state[p] for p in params], optimizer.param_groups[0]))
+    (params, states, group), (params_without, states_without, group_without) = runs
+    torch.testing.assert_close(params, params_without, rtol=0, atol=0)
+    torch.testing.assert_close(states, states_without, rtol=0, atol=0)
+    assert all(torch.equal(group[key], group_without[key]) for key in ("global_exp_avg_sq", "global_step"))
+
+
+def test_nonfinite_gradients_propagate_by_default() -> None:
+    params = parameters(dtype=torch.float32)
+    optimizer = Ada2MS(params)
+    give_gradients(params, 0)
+    params[2].grad[1] = math.nan
+    optimizer.step()
+    assert all(p.isnan().all() for p in params)
+    assert optimizer.param_groups[0]["skipped"] == 0
+
+
+def test_splitting_into_groups_changes_nothing() -> None:
+    """One group, two groups, and a group added before the first step: the same numbers; s is the whole model's."""
+    trained = []
+    for split in ("none", "two", "added"):
+        params = parameters(dtype=torch.float64)
+        if split == "none":
+            optimizer = Ada2MS(params, lr=0.1)
+        elif split == "two":
+            optimizer = Ada2MS([{"params": params[:2]}, {"params": params[2:]}], lr=0.1)
+        else:
+            optimizer = Ada2MS(params[:2], lr=0.1)
+            optimizer.add_param_group({"params": params[2:]})
+        for step in range(5):
+            give_gradients(params, step)
+            optimizer.step()
+        trained.append(params)
+    assert_same(trained[1], trained[0], 0)
+    assert_same(trained[2], trained[0], 0)
+
+
+def test_a_group_added_later_joins_the_average_of_its_b2() -> None:
+    params = parameters(dtype=torch.float32)
+    optimizer = Ada2MS(params[:2], betas=(0.9, 0.99))
+    give_gradients(params, 0)
+    optimizer.step()
+    optimizer.add_param_group({"params": params[2:3]})
+    optimizer.add_param_group({"params": params[3:], "betas": (0.9, 0.9)})
+    first, joined, new = optimizer.param_groups
+    assert joined["global_exp_avg_sq"] == first["global_exp_avg_sq"] != 0
+    assert joined["global_exp_avg_sq"] is not first["global_exp_avg_sq"]
+    assert (int(joined["global_step"]), int(new["global_step"]), float(new["global_exp_avg_sq"])) == (1, 0, 0)
+    optimizer.step()
+    assert joined["global_exp_avg_sq"] == first["global_exp_avg_sq"]
+
+
+def test_s_has_the_precision_of_the_widest_parameter() -> None:
+    optimizer = Ada2MS([nn.Parameter(torch.ones(2))])
+    assert optimizer.param_groups[0]["global_exp_avg_sq"].dtype == torch.float32
+    optimizer.add_param_group({"params": [nn.Parameter(torch.ones(2, dtype=torch.float64))]})
+    assert [g["global_exp_avg_sq"].dtype for g in optimizer.param_groups] == [torch.float64] * 2
+
+
+@pytest.mark.parametrize("n", [1023, 1024, 1025, 3_000_001])
+def test_sum_of_squares_of_many(n: int) -> None:
+    """To float32's precision, whatever the number of entries: one running sum would be off by 1e-4 at three million."""
+    p = nn.Parameter(torch.zeros(n))
+    p.grad = random((n,), 0, dtype=torch.float32)
+    optimizer = Ada2MS([p], betas=(0.9, 0.0))
+    optimizer.step()
+    exact = p.grad.double().square().mean().item()
+    s = float(optimizer.param_groups[0]["global_exp_avg_sq"])
+    assert abs(s - exact) <= 1e-6 * exact
+
+
+@pytest.mark.parametrize("options", IMPLEMENTATIONS)
+def test_memory_layout_does_not_matter(options: dict[str, Any]) -> None:
+    """Channels-last and strided parameters, and gradients whose strides are others: the same numbers as contiguous."""
+    shape = (2, 3, 4, 5)
+    plain = [nn.Parameter(random(shape, i, dtype=torch.float64)) for i in range(3)]
+    strided = torch.empty(2, 3, 4, 10, dtype=torch.float64)[..., ::2]
+    with torch.no_grad():
+        layouts = [
+            nn.Parameter(plain[0].to(memory_format=torch.channels_last)),
+            nn.Parameter(strided.copy_(plain[1])),
+            nn.Parameter(plain[2].clone()),
+        ]
+    assert not layouts[1].is_contiguous()
+    reference, optimizer = Ada2MS(plain, lr=0.1, **options), Ada2MS(layouts, lr=0.1, **options)
+    for step in range(3):
+        for i in range(3):
+            plain[i].grad = random(shape, 10 * step + i)
+        layouts[0].grad = plain[0].grad.clone()
+        layouts[1].grad = plain[1].grad.to(memory_format=torch.channels_last)
+        layouts[2].grad = plain[2].grad.transpose(0, 3).contiguous().transpose(0, 3)
+        reference.step()
+        optimizer.step()
+    assert_same(layouts, plain, 1e-14)  # the sum of squares is in another order
+
+
+def test_learning_rate_and_adaptivity_as_tensors_and_callables() -> None:
+    """One-element tensors of any shape and a callable of the count give what the numbers give."""
+    trained = []
+    for numbers in (True, False):
+        params = parameters(dtype=torch.float64)
+        optimizer = Ada2MS(
+            params,
+            lr=0.25 if numbers else torch.tensor([[0.25]]),
+            betas=(0.5, 0.75) if numbers else (torch.tensor([0.5]), torch.tensor(0.75)),
+            adaptivity=0.75 if numbers else torch.tensor([0.75]),
+        )
+        for step in range(6):
+            if step == 3:
+                optimizer.param_groups[0]["adaptivity"] = 0.5 if numbers else (lambda count: 0.5 if count >= 3 else 1.0)
+            give_gradients(params, step)
+            optimizer.step()
+        trained.append(params)
+    assert_same(trained[1], trained[0], 1e-15)
+
+
+def test_schedule_is_given_the_count_of_completed_updates() -> None:
+    params, counts = parameters(dtype=torch.float32), []
+    optimizer = Ada2MS(params, adaptivity=lambda count: counts.append(count) or 0.5)
+    for step in range(3):
+        give_gradients(params, step)
+        optimizer.step()
+    assert counts == [0, 1, 2]
+    assert all(type(count) is int for count in counts)
+
+
+def test_a_schedule_out_of_range_is_an_error() -> None:
+    params = parameters(dtype=torch.float32)
+    optimizer = Ada2MS(params, adaptivity=lambda count: 1.5)
+    give_gradients(params, 0)
+    with pytest.raises(ValueError, match=r"Invalid adaptivity: 1\.5"):
+        optimizer.step()
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda o: torch.optim.lr_scheduler.StepLR(o, 2, 0.5),
+        lambda o: torch.optim.lr_scheduler.OneCycleLR(o, 0.1, total_steps=9),
+        lambda o: torch.optim.lr_scheduler.CyclicLR(o, 0.01, 0.1, step_size_up=2),
+        lambda o: torch.optim.lr_scheduler.ReduceLROnPlateau(o, patience=0),
+    ],
+    ids=["StepLR", "OneCycleLR", "CyclicLR", "ReduceLROnPlateau"],
+)
+def test_learning_rate_schedulers(make: Callable[[Any], Any]) -> None:
+    """At adaptivity 1, with the scheduler that AdamW has (it also changes betas), the parameters are AdamW's."""
+    ours, theirs = parameters(dtype=torch.float64), parameters(dtype=torch.float64)
+    optimizers = [Ada2MS(ours, lr=0.1, adaptivity=1), torch.optim.AdamW(theirs, lr=0.1)]
+    schedulers = [make(optimizer) for optimizer in optimizers]
+    for step in range(8):
+        for params, optimizer, scheduler in zip((ours, theirs), optimizers, schedulers, strict=True):
+            give_gradients(params, step)
+            optimizer.step()
+            scheduler.step(*([1.0] if isinstance(scheduler, torch.optim.lr_scheduler.ReduceLROnPlateau) else []))
+    assert optimizers[0].param_groups[0]["lr"] == optimizers[1].param_groups[0]["lr"] != 0.1
+    assert_same(ours, theirs, 1e-13)
+
+
+def test_closure_and_hooks() -> None:
+    p, called = nn.Parameter(torch.ones(2)), []
+    optimizer = Ada2MS([("weight", p)])
+    optimizer.register_step_pre_hook(lambda *_: called.append("before"))
+    optimizer.register_step_post_hook(lambda *_: called.append("after"))
+
+    def closure() -> Tensor:
+        called.append("closure")
+        optimizer.zero_grad()
+        loss = p.square().sum()
+        loss.backward()
+        return loss
+
+    assert optimizer.step(closure) == 2
+    assert called == ["before", "closure", "after"]
+    assert optimizer.param_groups[0]["param_names"] == ["weight"]
+    assert torch.all(p < 1)
+
+
+def test_differentiable() -> None:
+    """Derivatives of three steps by parameters, gradients and hyperparameters, against finite differences."""
+    p = random((3,), 0, dtype=torch.float64).requires_grad_()
+    gradients = random((3, 3), 1, dtype=torch.float64).requires_grad_()
+    hyper = [torch.tensor(x, dtype=torch.float64, requires_grad=True) for x in (0.1, 0.7, 0.8, 0.3)]
+
+    def train(adaptivity: float) -> Callable[..., Tensor]:
+        def train(p: Tensor, gradients: Tensor, lr: Tensor, beta1: Tensor, beta2: Tensor, decay: Tensor) -> Tensor:
+            p = p.clone()
+            options = {"lr": lr, "betas": (beta1, beta2), "weight_decay": decay, "adaptivity": adaptivity}
+            optimizer = Ada2MS([p], **options, differentiable=True)  # type: ignore[arg-type]
+            for g in gradients:
+                p.grad = g
+                optimizer.step()
+            return p
+
+        return train
+
+    for adaptivity in (0.0, 0.3, 0.5, 1.0):
+        assert torch.autograd.gradcheck(train(adaptivity), (p, gradients, *hyper))
+
+
+def test_sparse_gradients_are_an_error() -> None:
+    p, q = nn.Parameter(torch.ones(3)), nn.Parameter(torch.ones(3))
+    p.grad, q.grad = torch.ones(3), torch.ones(3).to_sparse()
+    optimizer = Ada2MS([p, q])
+    with pytest.raises(RuntimeError, match="Ada2MS does not support sparse gradients"):
+        optimizer.step()
+    assert torch.equal(p, torch.ones(3))
+    assert optimizer.param_groups[0]["global_step"] == 0
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        ({"lr": -1.0}, ValueError, r"Invalid learning rate: -1\.0 \(lr must be a number in \[0, inf\)\)"),
+        ({"lr": lambda count: 1.0}, TypeError, r"Invalid learning rate"),
+        ({"betas": (1.0, 0.9)}, ValueError, r"Invalid beta parameter at index 0: 1\.0"),
+        ({"betas": (0.9, -0.1)}, ValueError, r"Invalid beta parameter at index 1: -0\.1"),
+        ({"betas": 0.9}, ValueError, r"Invalid betas: 0\.9"),
+        ({"eps": -1e-8}, ValueError, r"Invalid epsilon value: -1e-08"),
+        ({"eps": "small"}, TypeError, r"Invalid epsilon value: 'small'"),
+        ({"weight_decay": math.nan}, ValueError, r"Invalid weight_decay value: nan"),
+        ({"adaptivity": 1.01}, ValueError, r"Invalid adaptivity: 1\.01 .*\[0, 1\] or a schedule"),
+        ({"adaptivity": None}, TypeError, r"Invalid adaptivity: None"),
+        ({"scope": "layer"}, ValueError, r"Invalid scope: 'layer' .*'model', 'tensor'"),
+        ({"nonfinite": "raise"}, ValueError, r"Invalid nonfinite: 'raise' .*'propagate', 'skip'"),
+    ],
+)
+def test_bad_input(arguments: dict[str, Any], error: type[Exception], message: str) -> None:
+    """For the whole optimizer, and for one group of it, which is not added then."""
+    p, q = nn.Parameter(torch.ones(3)), nn.Parameter(torch.ones(3))
+    with pytest.raises(error, match=message):
+        Ada2MS([p], **arguments)
+    optimizer = Ada2MS([p])
+    with pytest.raises(error, match=message):
+        optimizer.add_param_group({"params": [q], **arguments})
+    assert len(optimizer.param_groups) == 1
+
+
+def test_scope_and_nonfinite_are_the_optimizers() -> None:
+    p, q = nn.Parameter(torch.ones(3)), nn.Parameter(torch.ones(3))
+    for name, value in (("scope", "tensor"), ("nonfinite", "skip")):
+        with pytest.raises(ValueError, match=f"Invalid {name}: '{value}' \\(must be the optimizer's"):
+            Ada2MS([{"params": [p]}, {"params": [q], name: value}])
+
+
+def test_parameters_may_move_after_construction() -> None:
+    """A model on the meta device gets its storage after the optimizer was made."""
+    p = nn.Parameter(torch.ones(3, device="meta"))
+    optimizer = Ada2MS([p])
+    assert optimizer.param_groups[0]["global_exp_avg_sq"].device.type == "cpu"
+    assert optimizer.param_groups[0]["global_exp_avg_sq"] == 0
+
+
+def test_grad_scaler_around_the_step() -> None:
+    """Without fused, GradScaler unscales and skips: the trajectory is that of the unscaled gradients."""
+    params, plain = parameters(dtype=torch.float32), parameters(dtype=torch.float32)
+    scaled, reference = Ada2MS(params, lr=0.1), Ada2MS(plain, lr=0.1)
+    train_scaled(params, scaled)
+    for step in (0, 2):
+        give_gradients(plain, step)
+        reference.step()
+    assert_same(params, plain, 0)
+
+
+@pytest.mark.parametrize("capturable", [False, True])
+def test_grad_scaler_inside_the_step(capturable: bool) -> None:
+    """With fused, the step gets scale and verdict; s is of the unscaled gradients, and does not move where it skips."""
+    params, plain = parameters(dtype=torch.float32), parameters(dtype=torch.float32)
+    scaled, reference = Ada2MS(params, lr=0.1, fused=True, capturable=capturable), Ada2MS(plain, lr=0.1)
+    assert scaled._step_supports_amp_scaling
+    train_scaled(params, scaled)
+    for step in (0, 2):
+        give_gradients(plain, step)
+        reference.step()
+    assert_same(params, plain, 0 if not capturable else 1e-6)  # scales are powers of 2; capturable rounds lr/(1-b1^t)
+    s, expected = (o.param_groups[0]["global_exp_avg_sq"] for o in (scaled, reference))
+    torch.testing.assert_close(s, expected, rtol=1e-6, atol=0)
+    assert scaled.param_groups[0]["global_step"] == 2
+
+
+def train_scaled(params: list[nn.Parameter], optimizer: Ada2MS) -> None:
+    """Steps 0 and 2, and between them one whose scaled gradients overflow."""
+    scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
+    for step in range(3):
+        scale = scaler.scale(torch.ones(())).item()
+        give_gradients(params, step)
+        for p in params:
+            assert p.grad is not None
+            p.grad *= scale
+        if step == 1:
+            params[2].grad[0] = math.inf
+        scaler.step(optimizer)
+        scaler.update()
+    assert scaler.get_scale() == 512
+
+
+def test_fused_excludes_foreach_and_differentiable() -> None:
+    p = nn.Parameter(torch.ones(3))
+    with pytest.raises(RuntimeError, match="`fused` and `foreach` cannot be `True` together"):
+        Ada2MS([p], fused=True, foreach=True)
+    with pytest.raises(RuntimeError, match="`fused` does not support `differentiable`"):
+        Ada2MS([p], fused=True, differentiable=True)

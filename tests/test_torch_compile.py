@@ -1,0 +1,73 @@
+"""torch.compile of step: the numbers of the step that is not compiled, and one compilation for a whole schedule."""
+
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from ada2ms import core
+from ada2ms.torch import Ada2MS
+from support import place, require_device
+
+# Torch's compiler itself: what it imports, and what it says when it compiles.
+pytestmark = pytest.mark.filterwarnings("ignore:`torch.jit.script.*` is deprecated:DeprecationWarning")
+STEPS = 8
+
+
+@pytest.fixture(params=["cpu", pytest.param("gpu", marks=pytest.mark.gpu)])
+def device(request: pytest.FixtureRequest) -> str:
+    return request.param
+
+
+def train(compile_with: str | None, device: str, dtype: torch.dtype, **options: Any) -> tuple[list[Any], int]:
+    """Parameters and state after a few steps; how many graphs were compiled. The learning rate changes every step."""
+    torch.manual_seed(0)
+    kind: Any = {"device": device, "dtype": dtype}
+    params = [nn.Parameter(torch.randn(shape, **kind)) for shape in ((3, 4), (), (5,), (0,), (2, 1500))]
+    lr = torch.tensor(0.1, **kind)
+    optimizer = Ada2MS([{"params": params[:2]}, {"params": params[2:], "betas": (0.9, 0.9)}], lr=lr, **options)
+    for group in optimizer.param_groups:
+        group["foreach"] = options.get("capturable", False)
+    step = torch.compile(optimizer.step, backend=compile_with) if compile_with else optimizer.step
+    torch._dynamo.utils.counters.clear()
+    for i in range(STEPS):
+        for p in params:
+            p.grad = torch.randn_like(p)
+        if i == 2 and options.get("nonfinite") == "skip":
+            params[0].grad[0, 0] = torch.nan
+        for group in optimizer.param_groups:
+            group["lr"].fill_(0.1 / (i + 1))
+        step()
+    state = [optimizer.state[p][key] for p in params for key in ("step", "exp_avg", "exp_avg_sq")]
+    shared = [group[key] for group in optimizer.param_groups for key in ("global_exp_avg_sq", "global_step", "skipped")]
+    return [*params, *state, *shared], torch._dynamo.utils.counters["stats"]["unique_graphs"]
+
+
+OPTIONS = [
+    {"adaptivity": 0.0},
+    {"adaptivity": 0.3, "capturable": True},
+    {"adaptivity": core.Linear(1, 0, 5)},
+    {"adaptivity": core.Cosine(1, 0, 5), "capturable": True},
+    {"adaptivity": core.Exponential(1, 0, 2.0), "scope": "tensor"},
+    {"adaptivity": 0.5, "nonfinite": "skip"},
+]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize(
+    ("options", "backend"),
+    [(options, "eager") for options in OPTIONS]
+    + [pytest.param(options, "inductor", marks=pytest.mark.slow) for options in (OPTIONS[3], OPTIONS[5])],
+    ids=str,
+)
+def test_compiled_step(options: dict[str, Any], dtype: torch.dtype, backend: str, device: str) -> None:
+    """Within 4 roundings a step, relative to each tensor: a compiler contracts and reorders operations."""
+    require_device("torch", device)
+    torch._dynamo.reset()
+    compiled, graphs = train(backend, place("torch", device), dtype, **options)
+    expected, none = train(None, place("torch", device), dtype, **options)
+    assert (graphs, none) == (1, 0)
+    for left, right in zip(compiled, expected, strict=True):
+        if left.numel():
+            assert (left - right).abs().max() <= 4 * STEPS * torch.finfo(dtype).eps * right.abs().max().clamp(min=1e-6)
