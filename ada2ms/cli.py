@@ -1,4 +1,4 @@
-"""The command line: `ada2ms demo`, also `python -m ada2ms demo`."""
+"""The command line: `ada2ms demo` and `ada2ms state`, also `python -m ada2ms`."""
 
 import argparse
 import json
@@ -9,7 +9,7 @@ from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 
-from ada2ms import __version__
+from ada2ms import __version__, cli_state
 from ada2ms.core import schedules
 from ada2ms.core.hyperparameters import DEFAULTS, Scheduled, check
 
@@ -65,13 +65,13 @@ def demo(arguments: argparse.Namespace) -> int:
     with Progress(console=console) as progress:
         runs = [
             train(
-                name,
+                legs,
                 arguments.steps,
                 arguments.seed,
                 arguments.adaptivity,
-                partial(progress.track, total=arguments.steps, description=f"{name:5}"),
+                partial(progress.track, total=arguments.steps, description="->".join(legs)),
             )
-            for name in installed
+            for legs in ([[name] for name in installed] + ([[*installed, installed[0]]] if arguments.handoff else []))
         ]
     file = arguments.out / "trajectories.png"
     report.picture(runs, file)
@@ -103,7 +103,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     command.add_argument("--out", type=Path, default=Path("ada2ms-demo"), help="folder for the picture")
     command.add_argument("--frameworks", nargs="+", choices=("torch", "tf", "jax"), help="default: those installed")
+    command.add_argument(
+        "--handoff",
+        action="store_true",
+        help="one more run, handed from framework to framework: each goes on from the state of the one before",
+    )
     command.add_argument("--json", action="store_true", help="print JSON instead of the table")
+    cli_state.add(commands)
     arguments = parser.parse_args(argv)
     status: int = arguments.run(arguments)
     return status

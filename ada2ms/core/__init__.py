@@ -3,6 +3,7 @@
 from ada2ms.core.hyperparameters import DEFAULTS, Hyperparameters
 from ada2ms.core.schedules import AdaptivitySchedule, Constant, Cosine, Exponential, Linear
 from ada2ms.core.spec import Ada2MS
+from ada2ms.core.state import State, StateError
 
 __all__ = [
     "DEFAULTS",
@@ -13,4 +14,6 @@ __all__ = [
     "Exponential",
     "Hyperparameters",
     "Linear",
+    "State",
+    "StateError",
 ]

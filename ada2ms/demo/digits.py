@@ -7,6 +7,8 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from ada2ms.core import State
+
 Array = NDArray[Any]
 
 # (height, width, in, out) is a 3x3 convolution, then SiLU, then 2x2 average pooling; (in, out) is a dense layer, with
@@ -30,6 +32,14 @@ class Trainer(Protocol):
 
     def predict(self, images: Array) -> Array:
         """The most likely label of each image."""
+        ...
+
+    def export_state(self) -> State:
+        """Parameters and optimizer state, to go on from in another framework."""
+        ...
+
+    def import_state(self, state: State) -> None:
+        """Goes on from a state of any framework."""
         ...
 
 

@@ -5,7 +5,9 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from ada2ms.core import State
 from ada2ms.demo.digits import Array
+from ada2ms.jax import export_state, import_state
 
 
 def network(weights: list[jax.Array], images: jax.Array) -> jax.Array:
@@ -57,3 +59,15 @@ class JaxTrainer:
         logits: Array = np.asarray(network(self.weights, jnp.asarray(images)))
         likeliest: Array = logits.argmax(-1)
         return likeliest
+
+    def export_state(self) -> State:
+        return export_state(self.weights, self.state, names=self._names())
+
+    def import_state(self, state: State) -> None:
+        self.weights, self.state, _ = import_state(self.weights, self.state, state, names=self._names())
+
+    def _names(self) -> dict[str, str]:
+        """As `plain_layers` would call them: the weights are a list, whose leaves have their indices for paths."""
+        kinds = ["conv" if kernel.ndim == 4 else "dense" for kernel in self.weights[::2]]
+        names = [f"{i}.{kind}.{role}" for i, kind in enumerate(kinds) for role in ("kernel", "bias")]
+        return {str(i): name for i, name in enumerate(names)}

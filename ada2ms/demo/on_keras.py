@@ -5,7 +5,9 @@ from typing import Any
 import keras
 import numpy as np
 
+from ada2ms.core import State
 from ada2ms.demo.digits import Array
+from ada2ms.tf import export_state, import_state, plain_layers
 
 
 def network(weights: list[Array]) -> keras.Model:
@@ -52,6 +54,12 @@ class KerasTrainer:
         logits: Array = keras.ops.convert_to_numpy(self.model(images))
         likeliest: Array = logits.argmax(-1)
         return likeliest
+
+    def export_state(self) -> State:
+        return export_state(self.model, self.optimizer, **plain_layers(self.model))
+
+    def import_state(self, state: State) -> None:
+        import_state(self.model, self.optimizer, state, **plain_layers(self.model))
 
     @staticmethod
     def _loss(labels: Any, logits: Any) -> Any:

@@ -8,7 +8,9 @@ import torch
 from torch import nn
 from torch.nn import functional
 
+from ada2ms.core import State
 from ada2ms.demo.digits import Array
+from ada2ms.torch import export_state, import_state, plain_layers
 
 
 class Network(nn.Module):
@@ -69,6 +71,12 @@ class TorchTrainer:
     def predict(self, images: Array) -> Array:
         logits: torch.Tensor = self.network(torch.tensor(images, device=self.device))
         return logits.argmax(-1).cpu().numpy()
+
+    def export_state(self) -> State:
+        return export_state(self.network, self.optimizer, **plain_layers(self.network))
+
+    def import_state(self, state: State) -> None:
+        import_state(self.network, self.optimizer, state, **plain_layers(self.network))
 
 
 def _to_torch(kernel: Array) -> Array:

@@ -16,7 +16,8 @@ def table(runs: list[Run]) -> Table:
         title="The same network, weights and batches in every framework",
         caption="loss: of the last batch; accuracy: on the test images; seconds: with compilation; from rule, from "
         "others: largest deviation of the parameters, relative to the largest of their tensor, from the NumPy rule fed "
-        "the same gradients, and from the other frameworks.",
+        "the same gradients, and from the other frameworks."
+        + "".join(f" handed over: {run.framework}." for run in runs if run.title == "handed over"),
         caption_justify="left",
         box=None,
         pad_edge=False,

@@ -2,11 +2,11 @@
 
 import os
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from importlib.util import find_spec
-from itertools import combinations
+from itertools import combinations, islice
 from typing import Final
 
 import numpy as np
@@ -56,7 +56,7 @@ class Run:
     """One framework's training; lists have an entry for each step.
 
     Attributes:
-        framework: the extra's name, "torch", "tf" or "jax".
+        framework: the extra's name, "torch", "tf" or "jax"; with "->" between them where the training is handed over.
         title: framework and version, for people.
         losses: training loss of each batch, before the update.
         parameters: the parameters after each update.
@@ -75,16 +75,17 @@ class Run:
 
 
 def train(
-    framework: str,
+    legs: Sequence[str],
     steps: int,
     seed: int,
     adaptivity: Scheduled,
     progress: Callable[[Iterable[tuple[Array, Array]]], Iterable[tuple[Array, Array]]] = iter,
 ) -> Run:
-    """Trains the convnet on the digits for `steps` steps in one framework, on the CPU, in float32.
+    """Trains the convnet on the digits for `steps` steps, on the CPU, in float32.
 
     Args:
-        framework: one of `FRAMEWORKS`, installed.
+        legs: of `FRAMEWORKS`, installed: the one to train in; or several, each of which takes parameters and optimizer
+            state over from the one before and trains for its share of the steps.
         steps: number of batches, at least 1.
         seed: of the initial weights and of the batches.
         adaptivity: a number in [0, 1] or a schedule of ada2ms.core.
@@ -92,20 +93,29 @@ def train(
     """
     data = load()
     weights = initial_weights(CONVNET, seed)
-    title, trainer, device = _TRAINERS[framework](weights, adaptivity)
     reference = [w.astype(np.float64) for w in weights]
     rule = core.Ada2MS(reference, lr=LEARNING_RATE, adaptivity=adaptivity)
-    run = Run(framework, title, [], [], [], 0.0, 0.0)
-    with device:
-        for images, labels in progress(data.batches(steps, seed)):
-            start = time.perf_counter()
-            loss, gradients = trainer.step(images, labels)
-            run.seconds += time.perf_counter() - start
-            rule.step([g.astype(np.float64) for g in gradients])
-            run.losses.append(loss)
-            run.parameters.append(trainer.parameters())
-            run.from_rule.append(deviation(run.parameters[-1], reference))
-        run.accuracy = float(np.mean(trainer.predict(data.test_images) == data.test_labels))
+    batches = iter(progress(data.batches(steps, seed)))
+    run, state, titles = Run("->".join(legs), "", [], [], [], 0.0, 0.0), None, []
+    for leg, framework in enumerate(legs):
+        title, trainer, device = _TRAINERS[framework](weights, adaptivity)
+        titles.append(title)
+        with device:
+            if state is not None:
+                trainer.import_state(state)
+            end = steps * (leg + 1) // len(legs)
+            for images, labels in islice(batches, end - len(run.losses)):
+                start = time.perf_counter()
+                loss, gradients = trainer.step(images, labels)
+                run.seconds += time.perf_counter() - start
+                rule.step([g.astype(np.float64) for g in gradients])
+                run.losses.append(loss)
+                run.parameters.append(trainer.parameters())
+                run.from_rule.append(deviation(run.parameters[-1], reference))
+            state = trainer.export_state()
+            run.accuracy = float(np.mean(trainer.predict(data.test_images) == data.test_labels))
+        weights = initial_weights(CONVNET, seed + leg + 1)  # the next has nothing but what it is handed
+    run.title = titles[0] if len(legs) == 1 else "handed over"
     return run
 
 

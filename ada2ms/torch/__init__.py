@@ -4,6 +4,8 @@ from ada2ms._extras import require
 
 require("torch", "torch")
 
+from ada2ms.torch.layers import plain_layers
 from ada2ms.torch.optimizer import Ada2MS
+from ada2ms.torch.state import arguments, export_state, import_state
 
-__all__ = ["Ada2MS"]
+__all__ = ["Ada2MS", "arguments", "export_state", "import_state", "plain_layers"]

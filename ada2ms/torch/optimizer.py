@@ -184,9 +184,8 @@ class Ada2MS(Optimizer):
                 on_device = _counts_on_device(group, p.device)
                 dtype = _count_dtype(group["fused"])
                 state["step"] = torch.zeros((), dtype=dtype, device=p.device if on_device else "cpu")
-                wide = _wide(p.dtype)
-                state["exp_avg"] = torch.zeros_like(p, dtype=wide, memory_format=torch.preserve_format)
-                state["exp_avg_sq"] = torch.zeros_like(p, dtype=wide, memory_format=torch.preserve_format)
+                state["exp_avg"] = torch.zeros_like(p, dtype=wide(p.dtype), memory_format=torch.preserve_format)
+                state["exp_avg_sq"] = torch.zeros_like(p, dtype=wide(p.dtype), memory_format=torch.preserve_format)
                 if group["scope"] == "tensor":
                     dtype = group["global_exp_avg_sq"].dtype
                     state["global_exp_avg_sq"] = torch.zeros((), dtype=dtype, device=p.device)
@@ -280,7 +279,7 @@ class Ada2MS(Optimizer):
             for p in group["params"]:
                 for key, value in self.state.get(p, {}).items():
                     if isinstance(value, _Kept):
-                        dtype = _wide(p.dtype) if key.startswith("exp_avg") else value.tensor.dtype
+                        dtype = wide(p.dtype) if key.startswith("exp_avg") else value.tensor.dtype
                         self.state[p][key] = value.tensor.to(p.device, dtype)
                     elif key == "step":
                         device = p.device if _counts_on_device(group, p.device) else "cpu"
@@ -332,12 +331,12 @@ def _warm_start(groups: list[dict[str, Any]], state: dict[Any, dict[str, Any]]) 
 
 
 def _mean(tensors: list[Tensor]) -> Tensor:
-    dtype = max((_wide(local(x).dtype) for x in tensors), key=lambda dtype: dtype.itemsize)
+    dtype = max((wide(local(x).dtype) for x in tensors), key=lambda dtype: dtype.itemsize)
     sums = [local(x).sum(dtype=dtype) for x in tensors]
     return whole(sums, tensors, dtype, each=False) / max(sum(map(entries, tensors)), 1)
 
 
-def _wide(dtype: torch.dtype) -> torch.dtype:
+def wide(dtype: torch.dtype) -> torch.dtype:
     """At least float32: b2 = 0.999 does not move an average in 16 bits."""
     return torch.promote_types(dtype, torch.float32)
 

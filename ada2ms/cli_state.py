@@ -1,0 +1,153 @@
+"""`ada2ms state`: looks into, compares and converts optimizer states without their models."""
+
+import argparse
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ada2ms.core.state import State, StateError
+
+_TORCH = (".pt", ".pth")
+
+
+def add(commands: Any) -> None:
+    """Adds `state show`, `state diff` and `state convert` to the command line."""
+    parser = commands.add_parser("state", help="show, compare and convert optimizer states", description=__doc__)
+    actions = parser.add_subparsers(required=True)
+    files = "a state (.safetensors), or a checkpoint of torch (.pt, .pth)"
+
+    command = actions.add_parser("show", help="what a file holds")
+    command.set_defaults(run=_reported(show))
+    command.add_argument("file", type=Path, help=files)
+
+    command = actions.add_parser("diff", help="how far two states are from each other; exit status 0 if they are equal")
+    command.set_defaults(run=_reported(diff))
+    command.add_argument("file", type=Path, help=files)
+    command.add_argument("other", type=Path, help=files)
+
+    command = actions.add_parser("convert", help="from torch to a state, or back")
+    command.set_defaults(run=_reported(convert))
+    command.add_argument("file", type=Path, help=files)
+    command.add_argument("to", type=Path, help=files)
+    for action in actions.choices.values():
+        names = "a JSON list of the parameters' names in the optimizer's order, if a checkpoint of torch has none"
+        action.add_argument("--names", type=Path, help=names)
+
+
+def show(arguments: argparse.Namespace) -> int:
+    """Prints parameters, counts and hyperparameters."""
+    state = _read(arguments.file, arguments.names)
+    if state.source:
+        print(f"source      {state.source}")
+    print(f"scope       {state.scope}")
+    print(f"nonfinite   {state.nonfinite}, {state.skipped} steps skipped")
+    for i, group in enumerate(state.groups):
+        hyper = ", ".join(f"{name} {value}" for name, value in group.hyper.items())
+        print(
+            f"group {i}     {len(group.params)} parameters; s {group.global_exp_avg_sq}, k {group.global_step}; {hyper}"
+        )
+    wide = max((len(name) for name in state.parameters), default=0)
+    for name, entry in state.parameters.items():
+        norms = "  ".join(f"|{slot}| {np.linalg.norm(array.ravel()):.3e}" for slot, array in entry.slots().items())
+        print(f"{name:{wide}}  {entry.exp_avg.shape!s:16}  {entry.exp_avg.dtype}  step {entry.step}  {norms}")
+    return 0
+
+
+def diff(arguments: argparse.Namespace) -> int:
+    """Prints what differs; 0 if nothing does, 1 if something does."""
+    left, right = (_read(file, arguments.names) for file in (arguments.file, arguments.other))
+    lines = differences(left, right)
+    print("\n".join(lines) if lines else "equal")
+    return 1 if lines else 0
+
+
+def differences(left: State, right: State) -> list[str]:
+    """One line for each thing that differs; sources do not count."""
+    lines = []
+    for name in dict.fromkeys([*left.parameters, *right.parameters]):
+        if name not in left.parameters or name not in right.parameters:
+            lines.append(f"{name}: in the {'first' if name in left.parameters else 'second'} only")
+            continue
+        a, b = left.parameters[name], right.parameters[name]
+        for slot in dict.fromkeys([*a.slots(), *b.slots()]):
+            x, y = a.slots().get(slot), b.slots().get(slot)
+            if x is None or y is None:
+                lines.append(f"{name}: {slot} in the {'second' if x is None else 'first'} only")
+            elif x.shape != y.shape:
+                lines.append(f"{name}: {slot} of shape {x.shape} and {y.shape}")
+            elif not np.array_equal(x, y, equal_nan=True):
+                largest = float(np.max(np.abs(y)))
+                error = float(np.max(np.abs(x - y)))
+                share = error / largest if largest else np.inf
+                lines.append(f"{name}: {slot} differs by {error:.3e}, {share:.1e} of the largest")
+        for field in ("step", "global_exp_avg_sq"):
+            lines += _unequal(f"{name}: {field}", getattr(a, field), getattr(b, field))
+    for field in ("scope", "nonfinite", "skipped"):
+        lines += _unequal(field, getattr(left, field), getattr(right, field))
+    lines += _unequal("groups", len(left.groups), len(right.groups))
+    for i, (g, h) in enumerate(zip(left.groups, right.groups, strict=False)):
+        for field in ("params", "hyper", "global_exp_avg_sq", "global_step"):
+            lines += _unequal(f"group {i}: {field}", getattr(g, field), getattr(h, field))
+    return lines
+
+
+def convert(arguments: argparse.Namespace) -> int:
+    """Reads one kind of file and writes the other."""
+    kinds = {_is_torch(arguments.file), _is_torch(arguments.to)}
+    if len(kinds) == 1:
+        raise StateError("Cannot convert", ["one file must be a state (.safetensors), and one of torch (.pt, .pth)"])
+    state = _read(arguments.file, arguments.names)
+    if _is_torch(arguments.to):
+        from ada2ms.torch import checkpoint
+
+        checkpoint.write(state, arguments.to)
+    else:
+        state.save(arguments.to)
+    print(f"{arguments.to}: {len(state.parameters)} parameters")
+    return 0
+
+
+def _reported(command: Any) -> Any:
+    """The command, with exit status 2 and a sentence for what cannot be done."""
+
+    def run(arguments: argparse.Namespace) -> int:
+        try:
+            status: int = command(arguments)
+        except (StateError, OSError, ImportError) as error:
+            print(error, file=sys.stderr)
+            return 2
+        return status
+
+    return run
+
+
+def _read(file: Path, names: Path | None) -> State:
+    if not _is_torch(file):
+        return State.load(file)
+    from ada2ms.torch import checkpoint
+
+    called = None
+    if names is not None:
+        try:
+            called = json.loads(names.read_text())
+        except json.JSONDecodeError as error:
+            raise StateError(f"Cannot read {str(names)!r}", [f"not JSON ({error})"]) from None
+        if not isinstance(called, list) or not all(isinstance(name, str) for name in called):
+            raise StateError(f"Cannot read {str(names)!r}", ["not a list of names"])
+    return checkpoint.read(file, called)
+
+
+def _is_torch(file: Path) -> bool:
+    if file.suffix not in (*_TORCH, ".safetensors"):
+        raise StateError(
+            f"Cannot tell what {str(file)!r} is", [f"its suffix must be .safetensors, {' or '.join(_TORCH)}"]
+        )
+    return file.suffix in _TORCH
+
+
+def _unequal(what: str, left: Any, right: Any) -> list[str]:
+    same = left == right or (left != left and right != right)  # a NaN is itself
+    return [] if same else [f"{what}: {left} and {right}"]

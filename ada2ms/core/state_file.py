@@ -1,0 +1,166 @@
+"""Files of `ada2ms.core.state.State`: safetensors, so that they can be read without running what they contain.
+
+Tensors are called `<slot>/<parameter>`; the rest is JSON in the file's metadata, floats as `float.hex()`:
+
+    format           "ada2ms-state"
+    format_version   of this layout; every version has its own reader, kept for good
+    spec_version     of the rule, as in the golden vectors
+    source           where the state comes from
+    state            groups, scope, nonfinite, skipped
+    sha256           of all of the above and of the tensors, since safetensors itself keeps no checksum
+"""
+
+import hashlib
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Final
+
+import numpy as np
+
+from ada2ms._extras import require
+from ada2ms.core.golden import SPEC
+from ada2ms.core.schedules import AdaptivitySchedule, from_dict
+from ada2ms.core.state import SLOTS, Array, Entry, Group, State, StateError
+
+FORMAT: Final = "ada2ms-state"
+FORMAT_VERSION: Final = 1
+_KEYS: Final = ("format", "format_version", "spec_version", "source", "state")
+
+
+def save(state: State, path: Path) -> None:
+    """Writes beside `path` and renames, so that there is the old file or the new one, whatever happens."""
+    require("safetensors", "state")
+    from safetensors.numpy import save as to_bytes
+
+    tensors: dict[str, Array] = {}
+    for name, entry in state.parameters.items():
+        for slot, array in entry.slots().items():
+            tensors[f"{slot}/{name}"] = _as_reals(array)
+        tensors[f"step/{name}"] = np.array(entry.step, np.int64)
+        if entry.global_exp_avg_sq is not None:
+            tensors[f"global_exp_avg_sq/{name}"] = np.array(entry.global_exp_avg_sq, np.float64)
+    groups = [
+        {
+            "params": group.params,
+            "hyper": {name: _to_json(value) for name, value in group.hyper.items()},
+            "global_exp_avg_sq": None if group.global_exp_avg_sq is None else group.global_exp_avg_sq.hex(),
+            "global_step": group.global_step,
+        }
+        for group in state.groups
+    ]
+    content = {
+        "parameters": list(state.parameters),
+        "complex": [name for name, entry in state.parameters.items() if np.iscomplexobj(entry.exp_avg)],
+        "groups": groups,
+        "scope": state.scope,
+        "nonfinite": state.nonfinite,
+        "skipped": state.skipped,
+    }
+    metadata = {
+        "format": FORMAT,
+        "format_version": str(FORMAT_VERSION),
+        "spec_version": str(SPEC),
+        "source": state.source,
+        "state": json.dumps(content),
+    }
+    metadata["sha256"] = _checksum(metadata, tensors)
+    data = to_bytes(tensors, metadata)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        with temporary.open("wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+
+
+def load(path: Path) -> State:
+    """Reads and checks a file."""
+    require("safetensors", "state")
+    from safetensors import SafetensorError, safe_open
+
+    if not path.is_file():
+        raise FileNotFoundError(f"There is no file {str(path)!r}")
+    try:
+        with safe_open(path, framework="numpy") as file:
+            metadata = file.metadata() or {}
+            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118  # it is no dict
+    except SafetensorError as error:
+        raise StateError(f"Cannot read {str(path)!r}", [f"not a whole safetensors file ({error})"]) from None
+    if metadata.get("format") != FORMAT:
+        raise StateError(f"Cannot read {str(path)!r}", ["a safetensors file, but not a state of Ada2MS"])
+    version = metadata.get("format_version", "")
+    if version not in _READERS:
+        readable = ", ".join(_READERS)
+        raise StateError(f"Cannot read {str(path)!r}", [f"its format version is {version!r}; readable: {readable}"])
+    if metadata.get("sha256") != _checksum(metadata, tensors):
+        raise StateError(f"Cannot read {str(path)!r}", ["damaged: its checksum does not match"])
+    return _READERS[version](metadata, tensors)
+
+
+def _read_1(metadata: dict[str, str], tensors: dict[str, Array]) -> State:
+    content = json.loads(metadata["state"])
+
+    def slot(kind: str, name: str) -> Array | None:
+        array = tensors.get(f"{kind}/{name}")
+        if array is not None and name in content["complex"]:
+            array = array.view(np.result_type(array, np.complex64))[..., 0]
+        return array
+
+    parameters = {}
+    for name in content["parameters"]:
+        own = tensors.get(f"global_exp_avg_sq/{name}")
+        arrays: Any = {kind: slot(kind, name) for kind in SLOTS}
+        step = int(tensors[f"step/{name}"])
+        parameters[name] = Entry(**arrays, step=step, global_exp_avg_sq=None if own is None else float(own))
+    groups = [
+        Group(
+            params=group["params"],
+            hyper={name: _from_json(value) for name, value in group["hyper"].items()},
+            global_exp_avg_sq=None if group["global_exp_avg_sq"] is None else float.fromhex(group["global_exp_avg_sq"]),
+            global_step=group["global_step"],
+        )
+        for group in content["groups"]
+    ]
+    return State(
+        parameters,
+        groups,
+        scope=content["scope"],
+        nonfinite=content["nonfinite"],
+        skipped=content["skipped"],
+        source=metadata["source"],
+    )
+
+
+# From a file's metadata and tensors to the state; a new version adds a reader, and the old ones stay.
+_READERS: Final[dict[str, Callable[[dict[str, str], dict[str, Array]], State]]] = {"1": _read_1}
+
+
+def _as_reals(array: Array) -> Array:
+    """A complex array as pairs of reals along a new last axis; contiguous."""
+    array = np.ascontiguousarray(array).reshape(array.shape)
+    return array[..., None].view(array.real.dtype) if np.iscomplexobj(array) else array
+
+
+def _checksum(metadata: dict[str, str], tensors: dict[str, Array]) -> str:
+    digest = hashlib.sha256()
+    for key in _KEYS:
+        digest.update(f"{key}\0{metadata.get(key)}\0".encode())
+    for name in sorted(tensors):
+        array = tensors[name]
+        digest.update(f"{name}\0{array.dtype.str}\0{array.shape}\0".encode())
+        digest.update(np.ascontiguousarray(array).tobytes())
+    return digest.hexdigest()
+
+
+def _to_json(value: float | AdaptivitySchedule) -> Any:
+    return value.to_dict() if isinstance(value, AdaptivitySchedule) else value.hex()
+
+
+def _from_json(value: Any) -> float | AdaptivitySchedule:
+    return from_dict(value) if isinstance(value, dict) else float.fromhex(value)

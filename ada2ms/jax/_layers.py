@@ -1,0 +1,61 @@
+"""Ready mappings of plain layers."""
+
+from collections.abc import Iterator
+from typing import Any
+
+from ada2ms._extras import require
+from ada2ms.core.state import Layer, Mappings, number_layers
+
+_KINDS = {
+    "dense": (("Linear",), {"kernel": "kernel", "bias": "bias"}),
+    "conv": (("Conv",), {"kernel": "kernel", "bias": "bias"}),
+    "embedding": (("Embed",), {"embedding": "table"}),
+    "norm": (("LayerNorm", "RMSNorm", "GroupNorm", "BatchNorm"), {"scale": "scale", "bias": "bias"}),
+}
+
+
+def plain_layers(model: Any) -> Mappings:
+    """`names` and `axes` for a flax.nnx model of plain layers, whose parameters are `nnx.state(model, nnx.Param)`.
+
+    The same model in another framework maps to the same state. Layers are numbered in the order in which attributes
+    were set: `0.conv.kernel`, `0.conv.bias`, `1.norm.scale`, `2.dense.kernel`, `3.embedding.table`. Kernels are
+    (height, width, inputs, outputs) and (inputs, outputs), as in flax. So the models must have the same layers in the
+    same order; what a Linear reads from a flattened image must be in the same order, too, which no mapping can see.
+
+    Raises:
+        StateError: naming every layer with parameters that is not plain: neither Linear, Conv, Embed nor a
+            normalisation. Write `names` and `axes` by hand for those.
+        ImportError: flax is not installed.
+    """
+    require("flax", "jax")
+    from flax import nnx
+
+    layers = []
+    for path, module in _modules(model, "", nnx):
+        own = [name for name, value in vars(module).items() if isinstance(value, nnx.Param) and value[...] is not None]
+        if own:
+            kind, roles = next(
+                (
+                    (kind, roles)
+                    for kind, (names, roles) in _KINDS.items()
+                    if isinstance(module, tuple(getattr(nnx, name) for name in names))
+                ),
+                (None, {}),
+            )
+            called = f"{path!r}, {type(module).__name__}"
+            layers.append(Layer(called, f"{path}/" if path else "", own, kind, roles))
+    return number_layers(layers)
+
+
+def _modules(module: Any, path: str, nnx: Any) -> Iterator[tuple[str, Any]]:
+    """A module and those in it, in the order in which they were set; flax itself walks them by name."""
+    yield path, module
+    for name, value in vars(module).items():
+        inner = {name: value}
+        if isinstance(value, (list, tuple, nnx.List)):
+            inner = {f"{name}/{i}": x for i, x in enumerate(value)}
+        elif isinstance(value, (dict, nnx.Dict)) and not name.startswith("_"):
+            inner = {f"{name}/{key}": x for key, x in dict(value.items()).items()}
+        for key, each in inner.items():
+            if isinstance(each, nnx.Module) and not isinstance(each, (nnx.List, nnx.Dict)):
+                yield from _modules(each, f"{path}/{key}" if path else key, nnx)

@@ -1,0 +1,208 @@
+"""The optimizer's state to and from other frameworks; `ada2ms.core.state` says what it consists of."""
+
+from collections.abc import Sequence
+from typing import Any, TypeAlias
+
+import keras
+import numpy as np
+from keras import ops
+
+from ada2ms.core.state import (
+    Axes,
+    Entry,
+    Group,
+    Names,
+    Report,
+    State,
+    StateError,
+    Target,
+    inward,
+    outward,
+    plain_hyperparameters,
+)
+from ada2ms.tf.optimizer import Ada2MS
+
+Variable = Any
+Model: TypeAlias = keras.Model | Sequence[Variable]
+_HYPERPARAMETERS = {"b1": "beta_1", "b2": "beta_2", "eps": "epsilon", "weight_decay": "weight_decay"}
+
+
+def export_state(
+    model: Model,
+    optimizer: keras.optimizers.Optimizer,
+    *,
+    names: Names = None,
+    axes: Axes = None,
+    values: bool = True,
+) -> State:
+    """The state of an optimizer, to go on from in any framework.
+
+    Args:
+        model: the model, or its trainable variables. A variable's name here is its path, `"sequential/dense/kernel"`.
+        optimizer: `Ada2MS`, `keras.optimizers.AdamW` or `Adam`, built.
+        names: what the state is to call a variable, for each path here, as a mapping or a function; those left out keep
+            their paths.
+        axes: for a path here, how an array of the state is to be transposed to have this layout; as in `import_state`.
+        values: whether the variables' values are to travel too.
+
+    Returns:
+        A state with copies of everything.
+
+    Raises:
+        StateError: listing everything that cannot be exported.
+    """
+    optimizer = _inner(optimizer)
+    if not optimizer.built:
+        raise StateError("The optimizer does not fit", ["it is not built: it has no state yet"])
+    ours = isinstance(optimizer, Ada2MS)
+    k = int(_numpy(optimizer._global_step if ours else optimizer.iterations))
+    entries = {}
+    for path, (i, variable) in _variables(model, optimizer).items():
+        entries[path] = Entry(
+            exp_avg=_numpy(optimizer._momentums[i]),
+            exp_avg_sq=_numpy(optimizer._velocities[i]),
+            step=int(_numpy(optimizer._steps)[i]) if ours else k,
+            global_exp_avg_sq=float(_numpy(optimizer._global_velocity)[i])
+            if ours and optimizer.scope == "tensor"
+            else None,
+            param=_numpy(variable) if values else None,
+        )
+    entries, renamed = outward(entries, names, axes)
+    hyper = {name: getattr(optimizer, argument) for name, argument in _HYPERPARAMETERS.items()}
+    config = optimizer.get_config()["learning_rate"]
+    hyper["lr"] = config if isinstance(config, float) else None
+    hyper["adaptivity"] = getattr(optimizer, "adaptivity", None)
+    group = Group(list(renamed.values()), plain_hyperparameters(hyper))
+    source = f"keras {keras.__version__} on {keras.backend.backend()}: {type(optimizer).__name__}"
+    if not ours:
+        return State(entries, [group], source=source)
+    group.global_step = k
+    if optimizer.scope == "model":
+        group.global_exp_avg_sq = float(_numpy(optimizer._global_velocity))
+    skipped = int(_numpy(optimizer._skipped))
+    return State(entries, [group], scope=optimizer.scope, nonfinite=optimizer.nonfinite, skipped=skipped, source=source)
+
+
+def import_state(
+    model: Model,
+    optimizer: keras.optimizers.Optimizer,
+    state: State,
+    *,
+    names: Names = None,
+    axes: Axes = None,
+    values: bool = True,
+    cast: bool = False,
+) -> Report:
+    """Gives an optimizer, and the variables, a state of any framework; hyperparameters stay as they are.
+
+    `iterations`, which learning-rate schedules are given, becomes the number of updates (of micro-steps, with
+    `gradient_accumulation_steps`).
+
+    Args:
+        model: the model, or its trainable variables. A variable's name here is its path, `"sequential/dense/kernel"`.
+        optimizer: `Ada2MS`, `keras.optimizers.AdamW` or `Adam`; it is built if it is not yet.
+        state: of `export_state`, in this framework or another, or of a file.
+        names: what the state calls a variable, for each path here, as a mapping or a function; those left out have the
+            same name.
+        axes: for a path here, how the state's array is transposed to have this layout: (1, 0) for the kernel of a Dense
+            that is a weight of (outputs, inputs) in the state.
+        values: whether the variables' values come from the state too.
+        cast: whether values may be rounded to the types here.
+
+    Returns:
+        What went where; to be printed.
+
+    Raises:
+        StateError: listing everything that is missing, superfluous, or of a wrong shape or type; nothing has changed.
+    """
+    optimizer = _inner(optimizer)
+    optimizer.build(list(model.trainable_variables if isinstance(model, keras.Model) else model))
+    ours = isinstance(optimizer, Ada2MS)
+    variables = _variables(model, optimizer)
+    targets = {
+        path: Target(
+            tuple(v.shape),
+            {
+                "param": keras.backend.standardize_dtype(v.dtype),
+                "exp_avg": keras.backend.standardize_dtype(optimizer._momentums[i].dtype),
+                "exp_avg_sq": keras.backend.standardize_dtype(optimizer._velocities[i].dtype),
+            },
+        )
+        for path, (i, v) in variables.items()
+    }
+    fitted = inward(
+        state, targets, names=names, axes=axes, scope=optimizer.scope if ours else None, values=values, cast=cast
+    )
+    s, k = fitted.groups[0]
+    counts = {entry.step for entry in fitted.entries.values()}
+    if not ours:
+        if len(counts) > 1:
+            reason = (
+                f"{type(optimizer).__name__} has one count of updates; the state's parameters have {sorted(counts)}"
+            )
+            raise StateError("The state does not fit", [reason])
+        k = max(counts, default=0)
+    steps, own = np.zeros(len(optimizer._momentums), int), np.zeros(len(optimizer._momentums))
+    for path, (i, variable) in variables.items():
+        entry = fitted.entries[path]
+        _assign(optimizer._momentums[i], entry.exp_avg)
+        _assign(optimizer._velocities[i], entry.exp_avg_sq)
+        steps[i], own[i] = entry.step, entry.global_exp_avg_sq or 0.0
+        if entry.param is not None:
+            _assign(variable, entry.param)
+    _assign(optimizer.iterations if not ours else optimizer._global_step, np.array(k))
+    if ours:
+        _assign(optimizer._iterations, np.array(k * (optimizer.gradient_accumulation_steps or 1)))
+        _assign(optimizer._steps, steps)
+        _assign(optimizer._global_velocity, own if optimizer.scope == "tensor" else np.array(s or 0.0))
+        _assign(optimizer._skipped, np.array(fitted.skipped))
+    return fitted.report
+
+
+def arguments(state: State) -> dict[str, Any]:
+    """The arguments for `Ada2MS` that continue a state: those of its hyperparameters that it knows.
+
+    Raises:
+        StateError: the state has groups that differ.
+    """
+    names = {**_HYPERPARAMETERS, "lr": "learning_rate"}
+    hyper = {names.get(name, name): value for name, value in state.hyper().items()}
+    return {**hyper, "scope": state.scope, "nonfinite": state.nonfinite}
+
+
+def _inner(optimizer: keras.optimizers.Optimizer) -> keras.optimizers.Optimizer:
+    optimizer = getattr(optimizer, "inner_optimizer", optimizer)  # of a LossScaleOptimizer
+    if not isinstance(optimizer, (Ada2MS, keras.optimizers.Adam)):  # AdamW is an Adam
+        reason = f"{type(optimizer).__name__} has another state (must be Ada2MS, AdamW or Adam)"
+        raise StateError("The optimizer does not fit", [reason])
+    if getattr(optimizer, "amsgrad", False):
+        raise StateError(
+            "The optimizer does not fit", ["amsgrad: its largest second moments are no part of this state"]
+        )
+    return optimizer
+
+
+def _variables(model: Model, optimizer: keras.optimizers.Optimizer) -> dict[str, tuple[int, Variable]]:
+    """By path: index in the optimizer, and variable; without those that the optimizer does not know."""
+    given = model.trainable_variables if isinstance(model, keras.Model) else model
+    index = {id(v): i for i, v in enumerate(optimizer._trainable_variables)}
+    found: dict[str, tuple[int, Variable]] = {}
+    for v in given:
+        if id(v) in index:
+            if v.path in found:
+                raise StateError("The model does not fit", [f"two variables have the path {v.path!r}"])
+            found[v.path] = index[id(v)], v
+    if len(found) < len(index):
+        absent = [v.path for v in optimizer._trainable_variables if v.path not in found]
+        raise StateError("The optimizer does not fit", [f"{path!r} is not in the model" for path in absent])
+    return found
+
+
+def _numpy(variable: Variable) -> Any:
+    dtype = keras.backend.standardize_dtype(variable.dtype)
+    value = ops.convert_to_tensor(variable)
+    return np.array(ops.convert_to_numpy(ops.cast(value, "float32") if dtype in ("float16", "bfloat16") else value))
+
+
+def _assign(variable: Variable, array: Any) -> None:
+    variable.assign(ops.convert_to_tensor(array, variable.dtype))

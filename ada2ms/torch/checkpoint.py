@@ -1,0 +1,77 @@
+"""Checkpoints of torch that need no model to be read, and the state of `ada2ms.core.state`."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Final
+
+import torch
+
+from ada2ms.core.schedules import AdaptivitySchedule
+from ada2ms.core.state import State, StateError
+from ada2ms.torch.state import from_state_dict, tensor, to_state
+
+_OPTIMIZER: Final = ("optimizer", "optimizer_state_dict")
+_MODEL: Final = ("model", "model_state_dict", "state_dict")
+
+
+def read(path: Path, names: Sequence[str] | None = None) -> State:
+    """The state in a file of `torch.save`: the state dict of an optimizer (Ada2MS, AdamW or Adam), or a dict with one
+    under "optimizer" or "optimizer_state_dict" and, for the values, the model's under "model", "model_state_dict" or
+    "state_dict". Loaded with `weights_only=True`.
+
+    Args:
+        path: the file.
+        names: of the optimizer's parameters, in its order; by default those that it was given, if it was
+            (`named_parameters()`).
+
+    Raises:
+        StateError: the file is nothing like that, or does not name its parameters.
+    """
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except OSError:
+        raise
+    except Exception as error:  # of many kinds: pickle's, zip's, torch's own
+        raise StateError(f"Cannot read {str(path)!r}", [f"torch.load(weights_only=True): {error}"]) from None
+    held: Mapping[str, Any] = content if isinstance(content, Mapping) else {}
+    optimizer = held if "param_groups" in held else next((held[key] for key in _OPTIMIZER if key in held), None)
+    if not isinstance(optimizer, Mapping) or not {"state", "param_groups"} <= set(optimizer):
+        problem = f"no state dict of an optimizer: its keys are {sorted(map(str, held))} (one must be in {_OPTIMIZER})"
+        raise StateError(f"Cannot read {str(path)!r}", [problem])
+    model: Mapping[str, Any] = next((held[key] for key in _MODEL if key in held and held is not optimizer), {})
+    counts = [len(group["params"]) for group in optimizer["param_groups"]]
+    if names is None:
+        called = [group.get("param_names") for group in optimizer["param_groups"]]
+        if None in called:
+            problem = "it does not name its parameters: the optimizer was not made from named_parameters(); give names"
+            raise StateError(f"Cannot read {str(path)!r}", [problem])
+    else:
+        if len(names) != sum(counts):
+            raise StateError(f"Cannot read {str(path)!r}", [f"{len(names)} names for its {sum(counts)} parameters"])
+        rest = iter(names)
+        called = [[next(rest) for _ in range(n)] for n in counts]
+    return from_state_dict(optimizer, called, model)
+
+
+def write(state: State, path: Path) -> None:
+    """Writes {"optimizer": a state dict that Ada2MS and AdamW load, "model": the values, if the state has them}."""
+    entries = [state.parameters[name] for group in state.groups for name in group.params]
+    groups, start = [], 0
+    for group in state.groups:
+        hyper = dict(group.hyper)
+        if isinstance(hyper.get("adaptivity"), AdaptivitySchedule):
+            hyper["adaptivity"] = hyper["adaptivity"].to_dict()
+        if "b1" in hyper and "b2" in hyper:
+            hyper["betas"] = hyper.pop("b1"), hyper.pop("b2")
+        hyper |= {"params": list(range(start, start + len(group.params))), "param_names": list(group.params)}
+        if state.has_global:
+            hyper |= {"scope": state.scope, "nonfinite": state.nonfinite, "skipped": torch.tensor(float(state.skipped))}
+            hyper["global_exp_avg_sq"] = torch.tensor(group.global_exp_avg_sq or 0.0, dtype=torch.float64)
+            hyper["global_step"] = torch.tensor(float(group.global_step))
+        groups.append(hyper)
+        start += len(group.params)
+    content: dict[str, Any] = {"optimizer": {"state": to_state(entries, own_s=True), "param_groups": groups}}
+    values = {name: tensor(entry.param) for name, entry in state.parameters.items() if entry.param is not None}
+    if values:
+        content["model"] = values
+    torch.save(content, path)

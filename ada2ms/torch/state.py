@@ -1,0 +1,230 @@
+"""The optimizer's state to and from other frameworks; `ada2ms.core.state` says what it consists of."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from ada2ms.core.schedules import from_dict
+from ada2ms.core.state import (
+    Axes,
+    Entry,
+    Group,
+    Names,
+    Report,
+    State,
+    StateError,
+    Target,
+    inward,
+    outward,
+    plain_hyperparameters,
+)
+from ada2ms.torch.optimizer import Ada2MS, wide
+
+Model = nn.Module | Mapping[str, Tensor]
+
+
+def export_state(
+    model: Model, optimizer: torch.optim.Optimizer, *, names: Names = None, axes: Axes = None, values: bool = True
+) -> State:
+    """The state of an optimizer, to go on from in any framework.
+
+    Args:
+        model: the module, or its parameters by name.
+        optimizer: Ada2MS, torch.optim.AdamW or torch.optim.Adam, over parameters of the model.
+        names: what the state is to call a parameter, for each name here, as a mapping or a function; those left out
+            keep their names.
+        axes: for a name here, how an array of the state is to be transposed to have this layout; as in `import_state`.
+        values: whether the parameters' values are to travel too.
+
+    Returns:
+        A state with copies of everything.
+
+    Raises:
+        StateError: listing everything that cannot be exported.
+    """
+    called = _names(model, optimizer)
+    own = [[called[p] for p in group["params"]] for group in optimizer.param_groups]
+    state = from_state_dict(
+        optimizer.state_dict(), own, {name: p for p, name in called.items()}, names=names, axes=axes, values=values
+    )
+    return replace(state, source=f"torch {torch.__version__}: {type(optimizer).__name__}")
+
+
+def from_state_dict(
+    state_dict: Mapping[str, Any],
+    called: Sequence[Sequence[str]],
+    params: Mapping[str, Tensor],
+    *,
+    names: Names = None,
+    axes: Axes = None,
+    values: bool = True,
+) -> State:
+    """The state that a state dict of Ada2MS, AdamW or Adam holds.
+
+    Args:
+        state_dict: of an optimizer.
+        called: the name of each parameter of each group.
+        params: parameters by name; those that no update has reached yet must be there.
+        names: as for `export_state`; and so are the others.
+        axes: as there.
+        values: as there.
+    """
+    entries, groups = {}, []
+    for given, own in zip(state_dict["param_groups"], called, strict=True):
+        for name, index in zip(own, given["params"], strict=True):
+            state = state_dict["state"].get(index, {})
+            value = params.get(name)
+            if value is None and "exp_avg" not in state:
+                raise StateError("The state cannot be exported", [f"nothing is known of {name!r}"])
+            s = state.get("global_exp_avg_sq")
+            zeros = np.zeros((), np.float32) if value is None else np.zeros_like(_numpy(value))
+            entries[name] = Entry(
+                exp_avg=_numpy(state["exp_avg"]) if state else zeros,
+                exp_avg_sq=_numpy(state["exp_avg_sq"]) if state else zeros.copy(),
+                step=int(state.get("step", 0)),
+                global_exp_avg_sq=(0.0 if s is None else float(s)) if given.get("scope") == "tensor" else None,
+                param=_numpy(value) if values and value is not None else None,
+            )
+        hyper = {**given, "b1": given["betas"][0], "b2": given["betas"][1]}
+        if isinstance(hyper.get("adaptivity"), dict):
+            hyper["adaptivity"] = from_dict(hyper["adaptivity"])
+        group = Group(list(own), plain_hyperparameters(hyper))
+        if "global_step" in given:
+            group.global_step = int(given["global_step"])
+            if given["scope"] == "model":
+                group.global_exp_avg_sq = float(given["global_exp_avg_sq"])
+        groups.append(group)
+    entries, renamed = outward(entries, names, axes)
+    for group in groups:
+        group.params = [renamed[name] for name in group.params]
+    first = state_dict["param_groups"][0] if state_dict["param_groups"] else {}
+    choices = {name: first[name] for name in ("scope", "nonfinite") if name in first}
+    return State(entries, groups, **choices, skipped=int(first.get("skipped", 0)))
+
+
+def import_state(
+    model: Model,
+    optimizer: torch.optim.Optimizer,
+    state: State,
+    *,
+    names: Names = None,
+    axes: Axes = None,
+    values: bool = True,
+    cast: bool = False,
+) -> Report:
+    """Gives an optimizer, and the parameters, a state of any framework; hyperparameters stay as they are.
+
+    Args:
+        model: the module, or its parameters by name.
+        optimizer: Ada2MS, torch.optim.AdamW or torch.optim.Adam, over parameters of the model.
+        state: of `export_state`, in this framework or another, or of a file.
+        names: what the state calls a parameter, for each name here, as a mapping or a function; those left out have the
+            same name.
+        axes: for a name here, how the state's array is transposed to have this layout: (1, 0) for the weight of a
+            Linear that is a kernel of (inputs, outputs) in the state.
+        values: whether the parameters' values come from the state too.
+        cast: whether values may be rounded to the types here.
+
+    Returns:
+        What went where; to be printed.
+
+    Raises:
+        StateError: listing everything that is missing, superfluous, or of a wrong shape or type; nothing has changed.
+    """
+    called = _names(model, optimizer)
+    ours = isinstance(optimizer, Ada2MS)
+    targets = {
+        called[p]: Target(tuple(p.shape), _dtypes(p, ours), i)
+        for i, group in enumerate(optimizer.param_groups)
+        for p in group["params"]
+    }
+    fitted = inward(
+        state,
+        targets,
+        names=names,
+        axes=axes,
+        scope=optimizer.param_groups[0]["scope"] if ours else None,
+        values=values,
+        cast=cast,
+        groups=len(optimizer.param_groups),
+    )
+    state_dict = optimizer.state_dict()
+    params = [p for group in optimizer.param_groups for p in group["params"]]
+    state_dict["state"] = to_state([fitted.entries[called[p]] for p in params], own_s=ours)
+    for given, (s, k) in zip(state_dict["param_groups"], fitted.groups, strict=True):
+        if ours:
+            shared = {"global_exp_avg_sq": s or 0.0, "global_step": k, "skipped": fitted.skipped}
+            given.update({key: torch.tensor(float(x), dtype=given[key].dtype) for key, x in shared.items()})
+    optimizer.load_state_dict(state_dict)
+    with torch.no_grad():
+        for p, name in called.items():
+            if (value := fitted.entries[name].param) is not None:
+                p.copy_(tensor(value))
+    return fitted.report
+
+
+def to_state(entries: Sequence[Entry], *, own_s: bool) -> dict[int, dict[str, Tensor]]:
+    """What a state dict of torch has under "state"; a parameter that has had no update has none."""
+    state = {}
+    for index, entry in enumerate(entries):
+        if entry.step:
+            state[index] = {
+                "step": torch.tensor(float(entry.step)),
+                "exp_avg": tensor(entry.exp_avg),
+                "exp_avg_sq": tensor(entry.exp_avg_sq),
+            }
+            if own_s and entry.global_exp_avg_sq is not None:
+                s = torch.tensor(entry.global_exp_avg_sq, dtype=state[index]["exp_avg_sq"].dtype.to_real())
+                state[index]["global_exp_avg_sq"] = s
+    return state
+
+
+def arguments(state: State) -> dict[str, Any]:
+    """The arguments for `Ada2MS` that continue a state: those of its hyperparameters that it knows.
+
+    Raises:
+        StateError: the state has groups that differ.
+    """
+    hyper = state.hyper()
+    if "b1" in hyper and "b2" in hyper:
+        hyper["betas"] = hyper.pop("b1"), hyper.pop("b2")
+    return {**hyper, "scope": state.scope, "nonfinite": state.nonfinite}
+
+
+def _names(model: Model, optimizer: torch.optim.Optimizer) -> dict[Tensor, str]:
+    """The model's name of each parameter of the optimizer."""
+    named = model.named_parameters() if isinstance(model, nn.Module) else model.items()
+    known = {p: name for name, p in named}
+    params = [p for group in optimizer.param_groups for p in group["params"]]
+    problems = [f"a parameter of shape {tuple(p.shape)} is not in the model" for p in params if p not in known]
+    problems += [
+        f"{known[p]!r} is sharded (gather it first: torch.distributed.checkpoint.state_dict has full_state_dict)"
+        for p in params
+        if p in known and hasattr(p, "device_mesh")
+    ]
+    if not isinstance(optimizer, (Ada2MS, torch.optim.Adam, torch.optim.AdamW)):
+        problems.append(f"{type(optimizer).__name__} has another state (must be Ada2MS, AdamW or Adam)")
+    elif any(group.get("amsgrad") for group in optimizer.param_groups):
+        problems.append("amsgrad: its largest second moments are no part of this state")
+    if problems:
+        raise StateError("The optimizer does not fit", problems)
+    return {p: known[p] for p in params}
+
+
+def _dtypes(p: Tensor, ours: bool) -> dict[str, str]:
+    moments = wide(p.dtype) if ours else p.dtype
+    names = {"param": p.dtype, "exp_avg": moments, "exp_avg_sq": moments}
+    return {slot: str(dtype).removeprefix("torch.") for slot, dtype in names.items()}
+
+
+def _numpy(tensor: Tensor) -> Any:
+    return np.array(tensor.detach().to("cpu", wide(tensor.dtype)).numpy())
+
+
+def tensor(array: Any) -> Tensor:
+    """A tensor of its own, contiguous."""
+    return torch.tensor(np.ascontiguousarray(array).reshape(array.shape))
