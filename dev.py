@@ -2,7 +2,7 @@
 
     demo [options]  trains the same network on real data in every framework; options are those of `ada2ms demo`
     test            format, lint, types, golden vectors and the tests
-    slow            the frameworks' own test-suites and the multi-process tests
+    slow            the frameworks' own test-suites, the multi-process tests and the examples
     setup           only the environment: .venv, with the versions that constraints.txt pins
 
 Every command makes or mends .venv first, and leaves it alone where it is up to date.
@@ -25,20 +25,23 @@ KERAS_BACKENDS = ("tensorflow", "jax", "torch")
 PYTEST = ("pytest", "-n", "2", "--dist", "loadgroup", "-m")
 
 
-def setup() -> None:
-    """Installs the package, editable, with every extra, unless that has been done for these very files."""
+def setup(*extras: str) -> None:
+    """Installs the package, editable, with these extras, unless that has been done for these very files."""
     if not (3, 11) <= sys.version_info[:2] <= (3, 13):
         sys.exit(f"Python 3.11 to 3.13 is needed; this is {sys.version.split()[0]} ({sys.executable})")
     inputs = [(ROOT / name).read_bytes() for name in ("pyproject.toml", "constraints.txt")]
     wanted = hashlib.sha256(b"\0".join([*inputs, sys.version.encode(), str(ROOT).encode()])).hexdigest()
-    if STAMP.exists() and STAMP.read_text() == wanted:
-        return
-    print("Setting up .venv (about 3 GB; a few minutes)", flush=True)
-    shutil.rmtree(VENV, ignore_errors=True)
-    venv.create(VENV, with_pip=True)
-    pip = [PYTHON, "-m", "pip", "--disable-pip-version-check", "install", "--quiet", "--constraint", "constraints.txt"]
-    subprocess.run([*pip, "--editable", ".[all,dev]"], cwd=ROOT, check=True)
-    STAMP.write_text(wanted)
+    done = STAMP.read_text().split() if STAMP.exists() else []
+    if done[:1] != [wanted]:
+        print("Setting up .venv (about 3 GB; a few minutes)", flush=True)
+        shutil.rmtree(VENV, ignore_errors=True)
+        venv.create(VENV, with_pip=True)
+        done = [wanted]
+    missing = [extra for extra in extras if extra not in done]
+    if missing:
+        pip = [PYTHON, "-m", "pip", "--disable-pip-version-check", "install", "--quiet", "-c", "constraints.txt"]
+        subprocess.run([*pip, "--editable", f".[{','.join(missing)}]"], cwd=ROOT, check=True)
+        STAMP.write_text(" ".join([*done, *missing]))
 
 
 def run(*command: str, keras_backend: str = "tensorflow") -> bool:
@@ -74,7 +77,7 @@ def main() -> int:
     if command not in ("demo", "test", "slow", "setup") or (options and command != "demo"):
         print(__doc__)
         return 0 if command in ("-h", "--help") else 2
-    setup()
+    setup("all", "dev", *(["examples"] if command == "slow" else []))
     if command == "demo":
         return subprocess.run([PYTHON, "-m", "ada2ms", "demo", *options]).returncode
     succeeded = {"test": test, "slow": slow, "setup": lambda: []}[command]()

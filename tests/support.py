@@ -196,6 +196,9 @@ def replay_keras(case: golden.Case, dtype: str, device: str) -> Iterator[Snapsho
         )
         optimizer.build(variables)
 
+        # A thousand small steps one operation at a time take ten seconds; and so the long cases see compiled code.
+        apply = keras_compiled(optimizer, variables) if len(case.gradients) > 100 else optimizer.apply
+
         def numpy(x: Any) -> Array:
             return np.asarray(keras.ops.convert_to_numpy(x), np.float64)
 
@@ -203,7 +206,7 @@ def replay_keras(case: golden.Case, dtype: str, device: str) -> Iterator[Snapsho
             optimizer.learning_rate = case.groups[0].lr[i]
             if any(g is not None for g in gradients):  # Keras raises when there is none at all
                 tensors = [None if g is None else keras.ops.convert_to_tensor(g.astype(dtype)) for g in gradients]
-                optimizer.apply(tensors, variables)
+                apply(tensors, variables)
             slots = {v.path.rpartition("/")[2]: v for v in optimizer.variables}
             yield Snapshot(
                 [numpy(v) for v in variables],
@@ -216,6 +219,30 @@ def replay_keras(case: golden.Case, dtype: str, device: str) -> Iterator[Snapsho
                 k=[int(numpy(slots["global_step"]))] * len(case.groups),
                 skipped=int(numpy(slots["skipped"])),
             )
+
+
+def keras_compiled(optimizer: Any, variables: list[Any]) -> Callable[[list[Any], list[Any]], None]:
+    """`optimizer.apply`, compiled as `fit` compiles it on the Keras backend in use; on torch, as it is."""
+    import keras
+
+    if keras.backend.backend() == "tensorflow":
+        import tensorflow as tf
+
+        return tf.function(lambda gradients, _: optimizer.apply(gradients, variables))
+    if keras.backend.backend() == "jax":
+        import jax
+
+        update = jax.jit(optimizer.stateless_apply)
+
+        def apply(gradients: list[Any], _: list[Any]) -> None:
+            state = [v.value for v in optimizer.variables]
+            moved = update(state, gradients, [v.value for v in variables])
+            for kept, values in zip((variables, optimizer.variables), moved, strict=True):
+                for variable, value in zip(kept, values, strict=True):
+                    variable.assign(value)
+
+        return apply
+    return optimizer.apply
 
 
 def jax_replay(jit: bool) -> Replay:

@@ -35,6 +35,14 @@ def marked(*frameworks: str) -> Any:
     )
 
 
+# Trainers and uninterrupted runs are kept and used again, so the tests of one kind are for one worker.
+KINDS = pytest.mark.parametrize(
+    ("dtype", "options"),
+    [
+        pytest.param(dtype, options, marks=pytest.mark.xdist_group(dtype), id=f"{dtype}, {options}")
+        for dtype, options in (("float64", "half-way"), ("float32", "half-way"), ("float64", "transition, tensor"))
+    ],
+)
 PAIRS = [marked(*pair) for pair in permutations(FRAMEWORKS, 2)]
 
 
@@ -115,8 +123,7 @@ def assert_same_trajectory(found: list[list[Array]], expected: list[list[Array]]
         assert deviation(a, b) < (1e-13 if dtype == "float64" else mutual_bound(step)), f"step {step}"
 
 
-@pytest.mark.parametrize("options", OPTIONS)
-@pytest.mark.parametrize("dtype", ["float64", "float32"])
+@KINDS
 @pytest.mark.parametrize(("first", "second"), PAIRS)
 def test_every_pair(first: str, second: str, dtype: str, options: str) -> None:
     found = run((first, second), dtype, options)
@@ -125,15 +132,13 @@ def test_every_pair(first: str, second: str, dtype: str, options: str) -> None:
 
 
 @pytest.mark.keras
-@pytest.mark.parametrize("options", OPTIONS)
-@pytest.mark.parametrize("dtype", ["float64", "float32"])
+@KINDS
 def test_the_chain(dtype: str, options: str, tmp_path: Path) -> None:
     found = run(("torch", "jax", "keras", "torch"), dtype, options, tmp_path / "handoff.safetensors")
     assert_same_trajectory(found, alone("torch", 4, dtype, options), dtype)
 
 
-@pytest.mark.parametrize("options", OPTIONS)
-@pytest.mark.parametrize("dtype", ["float64", "float32"])
+@KINDS
 @pytest.mark.parametrize("framework", [marked(name) for name in FRAMEWORKS])
 def test_resuming_where_it_was_changes_nothing(framework: str, dtype: str, options: str, tmp_path: Path) -> None:
     found = run((framework, framework), dtype, options, tmp_path / "handoff.safetensors")
@@ -275,9 +280,11 @@ def test_16_bit_parameters_keep_float32_state(first: str, second: str, dtype: st
         one.step(arrays(10 + i))
     state = one.export_state()
     assert all(x.dtype == np.float32 for entry in state.parameters.values() for x in entry.slots().values())
+    state.skipped = 2
     two.import_state(state)
     moved = two.export_state()
     assert_equal_states(state, moved)
+    assert moved.skipped == 2
     assert moved.groups[0].global_exp_avg_sq == state.groups[0].global_exp_avg_sq
     assert moved.groups[0].global_step == 3
 
@@ -647,6 +654,23 @@ def test_what_of_keras_has_no_such_state_is_refused() -> None:
 
 
 @pytest.mark.keras
+def test_schedules_of_keras_go_on_from_the_updates_done() -> None:
+    import keras
+
+    from ada2ms.tf import Ada2MS, import_state
+
+    variables = tensors("keras", arrays(0), "float32")
+    entries = {v.path: Entry(np.zeros(v.shape, np.float32), np.ones(v.shape, np.float32), 4) for v in variables}
+    state = State(entries, [Group(list(entries), {}, 1.0, 4)])
+    rate = keras.optimizers.schedules.PiecewiseConstantDecay([3, 11], [0.5, 0.25, 0.125])
+    for options, iterations in (({}, 4), ({"gradient_accumulation_steps": 3}, 12)):
+        for optimizer in (Ada2MS(rate, **options), keras.optimizers.AdamW(rate, **options)):
+            import_state(variables, optimizer, state, values=False)
+            assert int(optimizer._iterations) == iterations
+            assert float(optimizer.learning_rate) == (0.25 if iterations == 4 else 0.125)
+
+
+@pytest.mark.keras
 def test_the_demo_hands_over(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     arguments = ["--steps", "9", "--out", str(tmp_path), "--frameworks", "torch", "jax", "--handoff", "--json"]
     assert main(["demo", *arguments]) == 0
@@ -654,3 +678,18 @@ def test_the_demo_hands_over(tmp_path: Path, capsys: pytest.CaptureFixture[str])
     assert [f["framework"] for f in found["frameworks"]] == ["torch", "jax", "torch->jax->torch"]
     assert len(found["frameworks"][2]["losses"]) == 9
     assert found["parted"] == []
+
+
+def test_the_readme_hands_over(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Its two pieces of code, as they stand there."""
+    section = Path(__file__).parents[1].joinpath("README.md").read_text().partition("## Hand over in mid-run")[2]
+    first, second = (part.partition("```")[0] for part in section.split("```python\n")[1:3])
+    monkeypatch.chdir(tmp_path)
+    one, two = Modelled("torch"), Modelled("jax")
+    exec(first, {"model": one.model, "optimizer": one.optimizer})
+    exec(second, {"model": two.model})
+    assert "words/embedding" in capsys.readouterr().out
+    words = np.arange(21, dtype=np.int32).reshape(3, 7) % 11
+    np.testing.assert_allclose(two(words), one(words), rtol=0, atol=1e-5)

@@ -150,9 +150,9 @@ def import_state(
         steps[i], own[i] = entry.step, entry.global_exp_avg_sq or 0.0
         if entry.param is not None:
             _assign(variable, entry.param)
-    _assign(optimizer.iterations if not ours else optimizer._global_step, np.array(k))
+    _assign(optimizer._iterations, np.array(k * (optimizer.gradient_accumulation_steps or 1)))
     if ours:
-        _assign(optimizer._iterations, np.array(k * (optimizer.gradient_accumulation_steps or 1)))
+        _assign(optimizer._global_step, np.array(k))
         _assign(optimizer._steps, steps)
         _assign(optimizer._global_velocity, own if optimizer.scope == "tensor" else np.array(s or 0.0))
         _assign(optimizer._skipped, np.array(fitted.skipped))
