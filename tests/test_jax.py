@@ -135,14 +135,16 @@ def test_eager_is_jitted() -> None:
 # Powers
 
 
-def test_power_is_within_two_epsilons() -> None:
-    """Against double precision, over all normal float32 numbers."""
+def test_power_is_within_two_and_a_half_epsilons() -> None:
+    """Against double precision, over all normal float32 numbers. The polynomials are off by 0.3 and 0.4 of an epsilon;
+    the rest is roundings: of r, of the polynomials and of their product.
+    """
     rng = np.random.default_rng(0)
     x = (2.0 ** np.concatenate([rng.uniform(-126, 128, 200_000), rng.normal(size=50_000) * 1e-3])).astype(np.float32)
     for h in [0.0, 1e-30, 1e-3, 0.25, 0.4999, 0.5, *rng.uniform(0, 0.5, 10)]:
         exact = x.astype(np.float64) ** float(np.float32(h))
         error = np.abs(np.asarray(jax.jit(power)(x, jnp.float32(h)), np.float64) / exact - 1)
-        assert np.max(error) <= 2 * EPSILON, h
+        assert np.max(error) <= 2.5 * EPSILON, h
 
 
 def test_power_where_there_is_no_logarithm() -> None:

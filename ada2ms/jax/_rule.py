@@ -149,8 +149,7 @@ class Rule:
         m = keep(b1 * m + (1 - b1) * g, m)
         v = keep(b2 * v + (1 - b2) * (g * g), v)
         m_hat = m * (1 / _correction(b1, t, dtype))  # one quotient, and a product for each entry
-        v_hat = v * (1 / _correction(b2, t, dtype))
-        d = _interpolate(v_hat, s_hat.astype(dtype), a) + eps
+        d = _interpolate(v, 1 / _correction(b2, t, dtype), s_hat.astype(dtype), a) + eps
         if not (isinstance(eps, float) and eps >= _SMALLEST):  # only without eps: where nothing has moved yet,
             d = jnp.where(d == 0, jnp.inf, d)  # the update is 0
         direction = _from_reals(m_hat / d, pairs)
@@ -178,13 +177,14 @@ def map_updates(f: Callable[..., Any], updates: optax.Updates, *rest: Any) -> op
     return jax.tree.map(lambda u, *x: None if u is None else f(u, *x), updates, *rest, is_leaf=lambda u: u is None)
 
 
-def _interpolate(v: jax.Array, s: jax.Array, a: Any) -> jax.Array:
-    """v^(a/2) * s^((1-a)/2), where 0^0 = 1."""
+def _interpolate(v: jax.Array, debias: Any, s: jax.Array, a: Any) -> jax.Array:
+    """(v*debias)^(a/2) * s^((1-a)/2), where 0^0 = 1; with what is the same for all entries computed once."""
     if isinstance(a, float) and a in (0, 0.5, 1):  # the same, faster
-        return jnp.sqrt(jnp.sqrt(v) * jnp.sqrt(s)) if a == 0.5 else jnp.sqrt(v if a else s)
-    if v.dtype == jnp.float32:
-        return power(v, jnp.asarray(a / 2, jnp.float32)) * jnp.power(s, (1 - a) / 2)
-    return jnp.power(v, a / 2) * jnp.power(s, (1 - a) / 2)
+        if a == 0.5:
+            return jnp.sqrt(jnp.sqrt(v) * (jnp.sqrt(debias) * jnp.sqrt(s)))
+        return jnp.sqrt(v) * jnp.sqrt(debias) if a else jnp.sqrt(s)
+    scale = jnp.power(debias, a / 2) * jnp.power(s, (1 - a) / 2)
+    return (power(v, jnp.asarray(a / 2, jnp.float32)) if v.dtype == jnp.float32 else jnp.power(v, a / 2)) * scale
 
 
 def _correction(beta: Any, count: jax.Array, dtype: Any) -> Any:
@@ -200,7 +200,14 @@ def _mean(total: jax.Array, entries: float) -> jax.Array:
 
 
 def _sums_of_squares(gradients: list[Any], dtype: Any, axis_name: Any) -> tuple[list[jax.Array], list[float]]:
-    """For each gradient the sum of its squares, and the number of reals in it; zeros for None."""
+    """For each gradient the sum of its squares, and the number of reals in it, over all devices; zeros for None."""
+    axes = () if axis_name is None else (axis_name,) if isinstance(axis_name, str) else tuple(axis_name)
+    for axis in axes:
+        if axis not in _varying(jax.lax.axis_index(axis)):  # type: ignore[no-untyped-call]
+            raise ValueError(
+                f"Invalid axis_name: {axis_name!r} (must be axes of a jax.shard_map with check_vma=True: elsewhere a "
+                "leaf does not tell whether it is sharded; under jax.jit alone, no axis_name is needed)"
+            )
     sums, entries = [], []
     for g in gradients:
         if g is None:
@@ -211,13 +218,27 @@ def _sums_of_squares(gradients: list[Any], dtype: Any, axis_name: Any) -> tuple[
         g = jax.lax.optimization_barrier(jnp.asarray(g))  # type: ignore[no-untyped-call]
         pairs = jnp.iscomplexobj(g)
         g = _to_reals(g, pairs)
-        sums.append(jnp.sum(jnp.square(g.astype(_at_least_float32(g)))).astype(dtype))
-        entries.append(float(g.size))
-    if axis_name is not None:
-        total = jax.lax.psum(jnp.stack(sums), axis_name)  # type: ignore[no-untyped-call]
-        devices = jax.lax.psum(1, axis_name)  # type: ignore[no-untyped-call]
-        return [total[i] for i in range(len(sums))], [n * devices for n in entries]
+        total = jnp.sum(jnp.square(g.astype(_at_least_float32(g)))).astype(dtype)
+        sharded = tuple(axis for axis in axes if axis in _varying(g))
+        copies = _size(axes) / _size(sharded)  # that the sum over all axes has of this leaf
+        sums.append(total / copies)
+        entries.append(float(g.size * _size(sharded)))
+    if axes:  # one sum over devices, for all leaves
+        sums = list(jax.lax.psum(jnp.stack(sums), axes))  # type: ignore[no-untyped-call]
     return sums, entries
+
+
+def _size(axes: tuple[str, ...]) -> int:
+    """The number of devices along axes of `jax.shard_map`."""
+    size: int = jax.lax.psum(1, axes)  # type: ignore[no-untyped-call]
+    return size
+
+
+def _varying(x: jax.Array) -> frozenset[str]:
+    """The axes of `jax.shard_map` over which its shards differ; none where JAX keeps no account of that."""
+    aval: Any = jax.typeof(x)
+    axes: frozenset[str] = aval.vma if hasattr(aval, "vma") else aval.manual_axis_type.varying  # until, since JAX 0.10
+    return axes
 
 
 def _zeros(p: Any, dtype: Any) -> jax.Array:

@@ -66,8 +66,9 @@ def ada2ms(
         scope: "model": one global second moment for all leaves; "tensor": one for each leaf.
         nonfinite: "propagate", or "skip" steps whose sum of squared gradients is not finite: nothing changes then,
             weight decay and schedules included, but `skipped` in the state.
-        axis_name: axes of `jax.shard_map` over which the parameters are sharded, if they are. Not for gradients that
-            are averaged over data-parallel devices, and not under `jax.jit`, which needs nothing.
+        axis_name: axes of `jax.shard_map` over which parameters are sharded, if any are; leaves that are replicated
+            may stand among them. Needs `check_vma=True`, the default, and one all-reduce a step. Not for gradients
+            that are averaged over data-parallel devices, and not under `jax.jit` alone, which needs nothing.
 
     Returns:
         A transformation whose state is a `ScaleByAda2MSState`. Its `update` needs the parameters.
