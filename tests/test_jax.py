@@ -1,7 +1,7 @@
 """The Optax transformations: what the rule leaves to this framework. (The rule itself: test_trajectories.py.)"""
 
 import doctest
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -9,53 +9,11 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from jax_support import EPSILON, SHAPES, assert_close, assert_equal, train, tree
 
 from ada2ms import core
-from ada2ms.jax import ScaleByAda2MSState, _transform, ada2ms, scale_by_ada2ms
+from ada2ms.jax import _transform, ada2ms, scale_by_ada2ms
 from ada2ms.jax._power import power
-
-EPSILON = float(np.finfo(np.float32).eps)
-SHAPES = {"empty": (0, 2), "matrix": (3, 4), "scalar": (), "vector": (5,)}  # sorted, as JAX sorts a dict
-
-
-def tree(seed: int, dtype: Any = np.float32, shapes: dict[str, tuple[int, ...]] = SHAPES) -> dict[str, Any]:
-    """Normally distributed leaves."""
-    rng = np.random.default_rng(seed)
-    return {name: jnp.asarray(rng.normal(size=shape), dtype) for name, shape in shapes.items()}
-
-
-def apply(params: Any, updates: Any) -> Any:
-    """As the docstring of `ada2ms` has it, for gradients that may be None."""
-    updates = jax.tree.map(lambda p, u: jnp.zeros_like(p) if u is None else u, params, updates)
-    return optax.apply_updates(params, updates)
-
-
-def train(
-    optimizer: Any, params: Any, gradients: Sequence[Any], wrap: Callable[[Any], Any] = jax.jit
-) -> tuple[Any, Any]:
-    """Parameters and state after one step for each of the gradients."""
-
-    def step(params: Any, state: Any, g: Any) -> Any:
-        updates, state = optimizer.update(g, state, params)
-        return apply(params, updates), state
-
-    state, step = optimizer.init(params), wrap(step)
-    for g in gradients:
-        params, state = step(params, state, g)
-    return params, state
-
-
-def assert_close(actual: Any, expected: Any, rtol: float, atol: float = 0.0) -> None:
-    assert jax.tree.structure(actual) == jax.tree.structure(expected)
-    for x, y in zip(jax.tree.leaves(actual), jax.tree.leaves(expected), strict=True):
-        assert x.dtype == y.dtype
-        assert x.shape == y.shape
-        np.testing.assert_allclose(x, y, rtol=rtol, atol=atol)
-
-
-def assert_equal(actual: Any, expected: Any) -> None:
-    assert_close(actual, expected, 0.0)
-
 
 # The rule, against independent implementations
 
@@ -510,70 +468,6 @@ def test_init_reads_no_values() -> None:
         assert jax.tree.map(lambda x: (x.shape, x.dtype), jax.eval_shape(optimizer.init, abstract)) == jax.tree.map(
             lambda x: (x.shape, x.dtype), optimizer.init(tree(0))
         )
-
-
-# Optax' wrappers (what "global" means in them: test_jax_global.py)
-
-
-def test_tree_get_finds_the_state() -> None:
-    optimizer = optax.chain(optax.clip_by_global_norm(1.0), ada2ms(optax.constant_schedule(0.1)))
-    _, state = train(optimizer, tree(0), [tree(1), tree(2)])
-    for name in ScaleByAda2MSState._fields:
-        assert optax.tree.get(state, name) is not None
-    assert optax.tree.get(state, "count") == 2
-    assert optax.tree.get(optax.tree.set(state, s=jnp.float32(7)), "s") == 7
-
-
-@pytest.mark.parametrize("scope", ["model", "tensor"])
-def test_tree_map_params_maps_the_moments_alone(scope: Any) -> None:
-    optimizer = ada2ms(scope=scope)
-    _, state = train(optimizer, tree(0), [tree(1)])
-    mapped = optax.tree.map_params(optimizer, lambda x: x + 1, state)
-    assert_equal(mapped, state._replace(**{n: jax.tree.map(lambda x: x + 1, getattr(state, n)) for n in ("mu", "nu")}))
-    labelled = optax.tree.map_params(
-        optimizer, lambda _, p: "like a parameter", state, tree(0), transform_non_params=lambda _: "not"
-    )
-    assert labelled.s == labelled.count == labelled.steps == labelled.skipped == "not"
-
-
-def test_inject_hyperparams() -> None:
-    gradients = [tree(i) for i in range(1, 5)]
-    injected = optax.inject_hyperparams(ada2ms)(learning_rate=0.1, adaptivity=optax.linear_schedule(1.0, 0.0, 4))
-    found, state = train(injected, tree(0), gradients)
-    expected, _ = train(ada2ms(0.1, adaptivity=optax.linear_schedule(1.0, 0.0, 4)), tree(0), gradients)
-    # b2 in float32 is off by half an epsilon, and 1 - b2 by 1e-5 of itself: but it cancels in v / (1 - b2^t).
-    assert_close(found, expected, 1e-6, 1e-6)
-    np.testing.assert_allclose(state.hyperparams["adaptivity"], 0.25)
-    state.hyperparams["learning_rate"] = jnp.float32(0.0)
-    updates, _ = jax.jit(injected.update)(tree(5), state, found)
-    assert not any(np.any(x) for x in jax.tree.leaves(updates))
-
-
-def test_inject_hyperparams_into_bfloat16_needs_a_wider_dtype() -> None:
-    params = {"a": jnp.ones(3, jnp.bfloat16)}
-    injected = optax.inject_hyperparams(ada2ms, hyperparam_dtype=jnp.float32)(learning_rate=0.1)
-    after, _ = train(injected, params, [params] * 3)
-    assert_equal(after, train(ada2ms(0.1), params, [params] * 3)[0])
-
-
-def test_apply_if_finite() -> None:
-    optimizer = optax.apply_if_finite(ada2ms(0.1), 5)
-    broken = {**tree(7), "vector": tree(7)["vector"].at[1].set(jnp.nan)}
-    found, _ = train(optimizer, tree(0), [tree(1), broken, tree(2)])
-    expected, _ = train(ada2ms(0.1), tree(0), [tree(1), tree(2)])
-    assert_close(found, expected, 4 * EPSILON, 4 * EPSILON)  # compiled apart: a rounding each
-
-
-def test_lookahead() -> None:
-    optimizer = optax.lookahead(ada2ms(0.1), sync_period=2, slow_step_size=0.5)
-    params = optax.LookaheadParams.init_synced(tree(0))
-    state = optimizer.init(params)
-    for i in (1, 2):
-        updates, state = jax.jit(optimizer.update)(tree(i), state, params)
-        params = optax.apply_updates(params, updates)
-    fast, _ = train(ada2ms(0.1), tree(0), [tree(1), tree(2)])
-    expected = jax.tree.map(lambda x, y: (x + y) / 2, tree(0), fast)
-    assert_close(params.slow, expected, 4 * EPSILON, 4 * EPSILON)
 
 
 def test_examples_in_docstrings() -> None:

@@ -218,11 +218,12 @@ def _sums_of_squares(gradients: list[Any], dtype: Any, axis_name: Any) -> tuple[
         g = jax.lax.optimization_barrier(jnp.asarray(g))  # type: ignore[no-untyped-call]
         pairs = jnp.iscomplexobj(g)
         g = _to_reals(g, pairs)
-        total = jnp.sum(jnp.square(g.astype(_at_least_float32(g)))).astype(dtype)
-        sharded = tuple(axis for axis in axes if axis in _varying(g))
-        copies = _size(axes) / _size(sharded)  # that the sum over all axes has of this leaf
-        sums.append(total / copies)
-        entries.append(float(g.size * _size(sharded)))
+        sums.append(jnp.sum(jnp.square(g.astype(_at_least_float32(g)))).astype(dtype))
+        entries.append(float(g.size))
+        if axes:
+            shards = _size(tuple(axis for axis in axes if axis in _varying(g)))
+            sums[-1] /= _size(axes) / shards  # the copies that the sum over all axes has of each shard
+            entries[-1] *= shards
     if axes:  # one sum over devices, for all leaves
         sums = list(jax.lax.psum(jnp.stack(sums), axes))  # type: ignore[no-untyped-call]
     return sums, entries
@@ -237,7 +238,7 @@ def _size(axes: tuple[str, ...]) -> int:
 def _varying(x: jax.Array) -> frozenset[str]:
     """The axes of `jax.shard_map` over which its shards differ; none where JAX keeps no account of that."""
     aval: Any = jax.typeof(x)
-    axes: frozenset[str] = aval.vma if hasattr(aval, "vma") else aval.manual_axis_type.varying  # until, since JAX 0.10
+    axes: frozenset[str] = aval.vma if hasattr(aval, "vma") else aval.manual_axis_type.varying  # older and newer JAX
     return axes
 
 

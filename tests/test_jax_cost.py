@@ -1,0 +1,49 @@
+"""What a compiled step of the Optax transformation reads, writes and allocates, against optax.adamw.
+
+The time is for benchmarks/jax_step.py to tell; these numbers are the compiler's own, and the same on every machine.
+"""
+
+import importlib.util
+from pathlib import Path
+from typing import Any
+
+import jax.numpy as jnp
+import optax
+import pytest
+
+from ada2ms.core import Linear
+from ada2ms.jax import ada2ms
+
+LEAVES = [jnp.ones((256, 1024)), jnp.ones((256, 256))]
+ENTRIES = sum(x.size for x in LEAVES)
+SMALL = 0.01  # of a tree of leaves: scalars, a count for each leaf, and what a reduction keeps for its threads
+CLIP = optax.clip_by_global_norm(1.0)
+
+
+def cost(optimizer: Any) -> tuple[float, float]:
+    """Bytes accessed, and bytes of temporaries, for each parameter."""
+    path = Path(__file__).parents[1] / "benchmarks" / "jax_step.py"
+    spec = importlib.util.spec_from_file_location("jax_step", path)
+    assert spec is not None
+    assert spec.loader is not None
+    benchmark = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(benchmark)
+    step = benchmark.compiled(optimizer, LEAVES)
+    return step.cost_analysis()["bytes accessed"] / ENTRIES, step.memory_analysis().temp_size_in_bytes / ENTRIES
+
+
+@pytest.mark.parametrize("adaptivity", [0.0, 0.5, 1.0, 0.7, Linear(1.0, 0.0, 9)])
+def test_one_more_read_of_the_gradient_and_no_temporary(adaptivity: Any) -> None:
+    read, temporary = cost(ada2ms(adaptivity=adaptivity))
+    adamw, _ = cost(optax.adamw(1e-3))
+    assert 36 <= read <= adamw + 4 * (1 + SMALL)
+    assert temporary <= 4 * SMALL
+
+
+@pytest.mark.parametrize("adaptivity", [0.0, 0.5, 1.0, 0.7])
+def test_after_a_clip_no_more_than_adamw(adaptivity: float) -> None:
+    """Which reads clipped and unclipped gradients both, where the sum of squares here reads the clipped ones alone."""
+    read, temporary = cost(optax.chain(CLIP, ada2ms(adaptivity=adaptivity)))
+    adamw, its_temporary = cost(optax.chain(CLIP, optax.adamw(1e-3)))
+    assert read <= adamw
+    assert temporary <= its_temporary + 4 * SMALL
