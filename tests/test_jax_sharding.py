@@ -14,8 +14,16 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import jax
+import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
+from jax.experimental import multihost_utils
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from ada2ms.jax import ada2ms, scale_by_ada2ms
 
 pytestmark = pytest.mark.slow
 
@@ -42,15 +50,11 @@ def batches() -> list[tuple[Any, Any]]:
 
 
 def loss(params: Any, batch: Any) -> Any:
-    import jax.numpy as jnp
-
     x, y = batch
     return jnp.mean((jnp.tanh(x @ params["hidden"]) @ params["out"] * params["scale"] + params["bias"] - y) ** 2)
 
 
 def advance(optimizer: Any, params: Any, state: Any, gradients: Any) -> Any:
-    import optax
-
     updates, state = optimizer.update(gradients, state, params)
     return optax.apply_updates(params, updates), state
 
@@ -58,12 +62,8 @@ def advance(optimizer: Any, params: Any, state: Any, gradients: Any) -> Any:
 @functools.cache
 def one_device(option: int) -> tuple[Any, list[Any]]:
     """Parameters and state in the end, and the gradients of every step."""
-    import jax
-
-    from ada2ms.jax import ada2ms
-
     optimizer = ada2ms(0.1, **OPTIONS[option])
-    gradients, params = [], jax.tree.map(jax.numpy.asarray, initial())
+    gradients, params = [], jax.tree.map(jnp.asarray, initial())
     state = optimizer.init(params)
     for batch in batches():
         gradients.append(jax.jit(jax.grad(loss))(params, batch))
@@ -72,8 +72,6 @@ def one_device(option: int) -> tuple[Any, list[Any]]:
 
 
 def assert_same(found: Any, option: int) -> None:
-    import jax
-
     expected, _ = one_device(option)
     assert jax.tree.structure(found) == jax.tree.structure(expected)
     for x, y in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
@@ -89,39 +87,25 @@ def all_reduces(f: Callable[..., Any], *args: Any) -> int:
 
 
 def mesh(explicit: bool = False) -> Any:
-    import jax
-
     kind = jax.sharding.AxisType.Explicit if explicit else jax.sharding.AxisType.Auto
     return jax.make_mesh((4, 2), ("x", "y"), axis_types=(kind, kind))
 
 
 def specs() -> dict[str, Any]:
     """Leaves that are sharded along both axes, along one, and along none."""
-    from jax.sharding import PartitionSpec as P  # noqa: N817
-
     return {"bias": P(), "hidden": P("x", "y"), "out": P("y"), "scale": P()}
 
 
 def sharded(tree: Any, grid: Any) -> Any:
-    import jax
-
-    return jax.tree.map(lambda x, s: jax.device_put(x, jax.sharding.NamedSharding(grid, s)), tree, specs())
+    return jax.tree.map(lambda x, s: jax.device_put(x, NamedSharding(grid, s)), tree, specs())
 
 
 def global_array(x: Any, sharding: Any) -> Any:
     """Of which each process makes its own shards."""
-    import jax
-
     return jax.make_array_from_callback(np.shape(x), sharding, lambda index: np.asarray(x)[index])
 
 
 def jit_auto() -> None:
-    import jax
-    from jax.sharding import NamedSharding
-    from jax.sharding import PartitionSpec as P  # noqa: N817
-
-    from ada2ms.jax import ada2ms
-
     grid = mesh()
     for option, options in enumerate(OPTIONS):
         optimizer = ada2ms(0.1, **options)
@@ -137,8 +121,6 @@ def jit_auto() -> None:
 
 def assert_all_reduces(optimizer: Any, params: Any) -> None:
     """Under jit the compiler makes one for each axis along which leaves are sharded, however many they are."""
-    import jax
-
     update = jax.jit(functools.partial(advance, optimizer))
     assert all_reduces(update, params, optimizer.init(params), params) == 2
     alike = [params["out"]] * 24
@@ -147,10 +129,6 @@ def assert_all_reduces(optimizer: Any, params: Any) -> None:
 
 def jit_explicit() -> None:
     """With the gradients of one device: that part of the loss would have to name its shardings."""
-    import jax
-
-    from ada2ms.jax import ada2ms
-
     grid = mesh(explicit=True)
     with jax.set_mesh(grid):
         for option, options in enumerate(OPTIONS):
@@ -169,11 +147,6 @@ def jit_explicit() -> None:
 
 def data_parallel() -> None:
     """By shard_map: gradients are averaged, which leaves nothing for the optimizer to do."""
-    import jax
-    from jax.sharding import PartitionSpec as P  # noqa: N817
-
-    from ada2ms.jax import ada2ms
-
     grid = jax.make_mesh((8,), ("batch",), axis_types=(jax.sharding.AxisType.Auto,))
     for option, options in enumerate(OPTIONS):
         optimizer = ada2ms(0.1, **options)
@@ -203,10 +176,6 @@ def data_parallel() -> None:
 
 
 def pmapped() -> None:
-    import jax
-
-    from ada2ms.jax import ada2ms
-
     for option, options in enumerate(OPTIONS):
         optimizer = ada2ms(0.1, **options)
 
@@ -225,16 +194,11 @@ def pmapped() -> None:
 
 def state_specs(state: Any) -> Any:
     """Of a state: moments are sharded like their parameters, and the rest is not."""
-    import jax
-    from jax.sharding import PartitionSpec as P  # noqa: N817
-
     return jax.tree.map(lambda _: P(), state)._replace(mu=specs(), nu=specs())
 
 
 def sharded_step(optimizer: Any, grid: Any) -> Any:
     """A step over shards of parameters, state and gradients, inside shard_map."""
-    import jax
-
     spec = state_specs(jax.eval_shape(optimizer.init, initial()))
     return jax.jit(
         jax.shard_map(
@@ -248,11 +212,6 @@ def sharded_step(optimizer: Any, grid: Any) -> Any:
 
 def sharded_parameters() -> None:
     """In shard_map by axis_name, among them leaves that are replicated along one axis or both."""
-    import jax
-    from jax.sharding import PartitionSpec as P  # noqa: N817
-
-    from ada2ms.jax import ada2ms
-
     grid = mesh()
     for option, options in enumerate(OPTIONS):
         optimizer = ada2ms(0.1, **options, axis_name=("x", "y"))
@@ -288,11 +247,6 @@ def sharded_parameters() -> None:
 
 def untold_shards() -> None:
     """Where JAX does not tell which leaves are sharded, there is an error, and not a wrong mean."""
-    import jax
-    from jax.sharding import PartitionSpec as P  # noqa: N817
-
-    from ada2ms.jax import scale_by_ada2ms
-
     optimizer = scale_by_ada2ms(axis_name="x")
 
     def directions(g: Any) -> Any:
@@ -300,7 +254,9 @@ def untold_shards() -> None:
 
     mapped = jax.shard_map(directions, mesh=mesh(), in_specs=P("x"), out_specs=P("x"), check_vma=False)
     for f in (jax.jit(mapped), jax.vmap(directions, axis_name="x"), jax.pmap(directions, axis_name="x")):
-        with pytest.raises(ValueError, match=r"Invalid axis_name: 'x' \(must be axes of a jax.shard_map with check_vma"):
+        with pytest.raises(
+            ValueError, match=r"Invalid axis_name: 'x' \(must be axes of a jax.shard_map with check_vma"
+        ):
             f(np.ones([8, 3]))
     # And JAX itself finds that the state differs between devices where an axis was forgotten.
     forgotten = scale_by_ada2ms()
@@ -312,13 +268,6 @@ def untold_shards() -> None:
 
 def two_processes(process: int, port: int) -> None:
     """Four devices in each of two processes, by jit and by shard_map."""
-    import jax
-    from jax.experimental import multihost_utils
-    from jax.sharding import NamedSharding
-    from jax.sharding import PartitionSpec as P  # noqa: N817
-
-    from ada2ms.jax import ada2ms
-
     jax.distributed.initialize(f"localhost:{port}", num_processes=2, process_id=process)
     assert (len(jax.local_devices()), jax.device_count(), jax.process_count()) == (4, 8, 2)
     grid = mesh()
@@ -350,11 +299,7 @@ CASES = {
 
 
 def main() -> None:
-    os.environ["XLA_FLAGS"] = (
-        f"--xla_force_host_platform_device_count={4 if sys.argv[1] == two_processes.__name__ else 8}"
-    )
-    import jax
-
+    jax.config.update("jax_num_cpu_devices", 4 if sys.argv[1] == two_processes.__name__ else 8)
     jax.config.update("jax_enable_x64", True)
     CASES[sys.argv[1]](*map(int, sys.argv[2:]))
     print("ok")

@@ -14,7 +14,6 @@ from jax_support import EPSILON, assert_close, assert_equal, train, tree
 from ada2ms.jax import ScaleByAda2MSState, ada2ms, scale_by_ada2ms
 
 
-
 def test_tree_get_finds_the_state() -> None:
     optimizer = optax.chain(optax.clip_by_global_norm(1.0), ada2ms(optax.constant_schedule(0.1)))
     _, state = train(optimizer, tree(0), [tree(1), tree(2)])

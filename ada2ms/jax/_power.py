@@ -51,9 +51,7 @@ def _derivative(
 
 
 def _polynomial(x: jax.Array, approximation: Chebyshev, scale: jax.Array | float = 1.0) -> jax.Array:
-    """`scale` times it. By Estrin's scheme: twice as many coefficients in each round, side by side, where Horner's waits
-    for each.
-    """
+    """`scale` times it, by Estrin's scheme: pairs of coefficients side by side, where Horner's waits for each."""
     coefficients = [float(c) for c in approximation.convert(kind=Polynomial).coef]
     terms = [jnp.broadcast_to(jnp.asarray(scale * c, x.dtype), x.shape) for c in coefficients]
     while len(terms) > 1:
