@@ -7,12 +7,17 @@ import importlib.util
 from pathlib import Path
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import optax
 import pytest
 
 from ada2ms.core import Linear
 from ada2ms.jax import ada2ms
+
+pytestmark = pytest.mark.skipif(
+    jax.__version_info__ < (0, 10), reason="on a CPU, the compiler of older JAX stores all squares before it sums them"
+)
 
 LEAVES = [jnp.ones((256, 1024)), jnp.ones((256, 256))]
 ENTRIES = sum(x.size for x in LEAVES)

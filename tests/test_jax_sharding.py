@@ -253,7 +253,8 @@ def untold_shards() -> None:
         return optimizer.update(g, optimizer.init(g))[0]
 
     mapped = jax.shard_map(directions, mesh=mesh(), in_specs=P("x"), out_specs=P("x"), check_vma=False)
-    for f in (jax.jit(mapped), jax.vmap(directions, axis_name="x"), jax.pmap(directions, axis_name="x")):
+    others = jax.jit(directions), jax.vmap(directions, axis_name="x"), jax.pmap(directions, axis_name="x")
+    for f in (jax.jit(mapped), *others):
         with pytest.raises(
             ValueError, match=r"Invalid axis_name: 'x' \(must be axes of a jax.shard_map with check_vma"
         ):

@@ -203,7 +203,7 @@ def _sums_of_squares(gradients: list[Any], dtype: Any, axis_name: Any) -> tuple[
     """For each gradient the sum of its squares, and the number of reals in it, over all devices; zeros for None."""
     axes = () if axis_name is None else (axis_name,) if isinstance(axis_name, str) else tuple(axis_name)
     for axis in axes:
-        if axis not in _varying(jax.lax.axis_index(axis)):  # type: ignore[no-untyped-call]
+        if not _accounted(axis):
             raise ValueError(
                 f"Invalid axis_name: {axis_name!r} (must be axes of a jax.shard_map with check_vma=True: elsewhere a "
                 "leaf does not tell whether it is sharded; under jax.jit alone, no axis_name is needed)"
@@ -233,6 +233,14 @@ def _size(axes: tuple[str, ...]) -> int:
     """The number of devices along axes of `jax.shard_map`."""
     size: int = jax.lax.psum(1, axes)  # type: ignore[no-untyped-call]
     return size
+
+
+def _accounted(axis: str) -> bool:
+    """Whether JAX keeps account here of what varies over an axis."""
+    try:
+        return axis in _varying(jax.lax.axis_index(axis))  # type: ignore[no-untyped-call]
+    except NameError:  # no such axis here
+        return False
 
 
 def _varying(x: jax.Array) -> frozenset[str]:

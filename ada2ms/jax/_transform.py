@@ -41,7 +41,7 @@ def ada2ms(
     Adaptivity a = 1 is AdamW; a = 0 is momentum SGD, normalised by one number for the whole model. This is this
     project's reading of the abstract of Zhu, Xiao, Min 2026 (arXiv 2605.20533), which gives no formula:
     `ada2ms.core.spec` tells the two apart. The mean is over the leaves that the transformation is given: inside
-    `optax.masked` or `optax.partition`, those of the group.
+    `optax.masked` or `optax.partition`, those of the group. (docs/global.md lists what that means where.)
 
     Arithmetic is in at least float32, whatever the gradients' type. Updates have the gradients' type (that of
     parameters and gradients together, if they differ). A leaf whose gradient is None keeps its parameter and its state
@@ -49,7 +49,8 @@ def ada2ms(
 
         updates = jax.tree.map(lambda p, u: jnp.zeros_like(p) if u is None else u, params, updates)
 
-    As everywhere in Optax, complex gradients are to be conjugated first.
+    As everywhere in Optax, complex gradients are to be conjugated first. There is no `nesterov`: the AdamW of torch and
+    Keras has none, and the rule is one for all.
 
     Args:
         learning_rate: a number, at least 0; or a schedule, given the count of completed updates.
