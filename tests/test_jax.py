@@ -366,20 +366,22 @@ def test_defaults_are_those_of_every_backend() -> None:
 # JAX' transformations
 
 
-def test_the_second_step_compiles_nothing() -> None:
-    optimizer = ada2ms(optax.linear_schedule(0.1, 0.0, 9), adaptivity=core.Linear(1.0, 0.0, 9), nonfinite="skip")
-    traces = []
+@pytest.mark.parametrize("x64", [True, False])
+def test_the_second_step_compiles_nothing(x64: bool) -> None:
+    with jax.enable_x64(x64):
+        optimizer = ada2ms(optax.linear_schedule(0.1, 0.0, 9), adaptivity=core.Linear(1.0, 0.0, 9), nonfinite="skip")
+        traces = []
 
-    @jax.jit
-    def step(params: Any, state: Any) -> Any:
-        traces.append(1)
-        updates, state = optimizer.update(params, state, params)
-        return optax.apply_updates(params, updates), state
+        @jax.jit
+        def step(params: Any, state: Any) -> Any:
+            traces.append(1)
+            updates, state = optimizer.update(params, state, params)
+            return optax.apply_updates(params, updates), state
 
-    params, state = tree(0), optimizer.init(tree(0))
-    for _ in range(3):
-        params, state = step(params, state)
-    assert len(traces) == 1
+        params, state = tree(0), optimizer.init(tree(0))
+        for _ in range(3):
+            params, state = step(params, state)
+        assert len(traces) == 1
 
 
 def test_weak_types_do_not_reach_the_state() -> None:
