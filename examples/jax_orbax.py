@@ -26,9 +26,16 @@ def loss(weights, images, labels):
 
 
 @jax.jit
-def train(weights, state, images, labels):
+def step(weights, state, images, labels):
     updates, state = optimizer.update(jax.grad(loss)(weights, images, labels), state, weights)
     return optax.apply_updates(weights, updates), state
+
+
+def train(carry, batches):
+    for batch in batches:
+        # Virtual devices share the threads of one CPU: programs that overlap on them may wait for each other forever.
+        carry = jax.block_until_ready(step(*carry, *batch))
+    return carry
 
 
 def main() -> None:
@@ -39,9 +46,7 @@ def main() -> None:
     data = load()
     batches = list(data.batches(steps, seed=0))
     weights = [jnp.asarray(w) for w in initial_weights(MLP, seed=0)]
-    carry = weights, optimizer.init(weights)
-    for batch in batches[: steps // 2]:
-        carry = train(*carry, *batch)
+    carry = train((weights, optimizer.init(weights)), batches[: steps // 2])
 
     mesh = jax.make_mesh((8,), ("x",), axis_types=(jax.sharding.AxisType.Auto,))
     # Kernels and their moments by their first axis, and all else whole on every device; restored into these shapes.
@@ -52,8 +57,7 @@ def main() -> None:
         checkpointer.wait_until_finished()
         restored = checkpointer.restore(Path(folder) / "state", like)
 
-    for batch in batches[steps // 2 :]:
-        carry, restored = train(*carry, *batch), train(*restored, *batch)
+    carry, restored = train(carry, batches[steps // 2 :]), train(restored, batches[steps // 2 :])
     difference = max(float(jnp.max(jnp.abs(x - jax.device_get(y)))) for x, y in zip(carry[0], restored[0], strict=True))
     print(f"restored onto {len(restored[0][0].sharding.device_set)} devices, largest difference {difference:.1e}")
     accuracy = (network(restored[0], data.test_images).argmax(-1) == data.test_labels).mean()

@@ -1,7 +1,8 @@
 """The Optax transformations on eight devices and on two processes, each case in processes of its own.
 
 Every case trains a small network, or replays its gradients, and fails unless parameters and state are those of one
-device. By hand: `python tests/test_jax_sharding.py data_parallel`.
+device. Every step is waited for: virtual devices share the threads of one CPU, and programs that overlap on them may
+wait for each other forever. By hand: `python tests/test_jax_sharding.py data_parallel`.
 """
 
 import functools
@@ -114,7 +115,7 @@ def jit_auto() -> None:
         state = jax.jit(optimizer.init)(params)
         for batch in batches():
             batch = jax.device_put(batch, NamedSharding(grid, P("x")))
-            params, state = step(params, state, batch)
+            params, state = jax.block_until_ready(step(params, state, batch))
         assert_same((params, state), option)
         assert_all_reduces(optimizer, params)
 
@@ -139,7 +140,7 @@ def jit_explicit() -> None:
             for name in params:
                 assert state.mu[name].sharding == params[name].sharding
             for gradients in one_device(option)[1]:
-                params, state = step(params, state, sharded(gradients, grid))
+                params, state = jax.block_until_ready(step(params, state, sharded(gradients, grid)))
                 assert params["hidden"].sharding == sharded(gradients, grid)["hidden"].sharding
             assert_same((params, state), option)
             assert_all_reduces(optimizer, params)
@@ -167,7 +168,7 @@ def data_parallel() -> None:
             params = initial()
             state = optimizer.init(params)
             for batch in batches():
-                params, state = mapped(params, state, batch)
+                params, state = jax.block_until_ready(mapped(params, state, batch))
             assert_same((params, state), option)
             alone = jax.shard_map(
                 functools.partial(advance, optimizer), mesh=grid, in_specs=P(), out_specs=P(), check_vma=check_vma
@@ -187,7 +188,9 @@ def pmapped() -> None:
             jax.tree.map(lambda x: np.stack([x] * 8), tree) for tree in (initial(), optimizer.init(initial()))
         )
         for batch in batches():
-            params, state = parallel(params, state, jax.tree.map(lambda x: x.reshape(8, -1, *x.shape[1:]), batch))
+            params, state = jax.block_until_ready(
+                parallel(params, state, jax.tree.map(lambda x: x.reshape(8, -1, *x.shape[1:]), batch))
+            )
         for device in range(8):
             assert_same(jax.tree.map(lambda x, i=device: np.asarray(x)[i], (params, state)), option)
 
@@ -219,7 +222,7 @@ def sharded_parameters() -> None:
         params = sharded(initial(), grid)
         state = optimizer.init(params)
         for gradients in one_device(option)[1]:
-            params, state = step(params, state, sharded(gradients, grid))
+            params, state = jax.block_until_ready(step(params, state, sharded(gradients, grid)))
         assert_same((params, state), option)
         assert all_reduces(step, params, state, params) == 1
 
@@ -241,7 +244,7 @@ def sharded_parameters() -> None:
     params = initial()
     state = optimizer.init(params)
     for batch in batches():
-        params, state = jax.jit(mapped)(params, state, batch)
+        params, state = jax.block_until_ready(jax.jit(mapped)(params, state, batch))
     assert_same((params, state), 0)
 
 
@@ -294,7 +297,7 @@ def two_processes(process: int, port: int) -> None:
                 step = sharded_step(optimizer, grid)
                 given = [spread(g, specs()) for g in one_device(option)[1]]
             for x in given:
-                params, state = step(params, state, x)
+                params, state = jax.block_until_ready(step(params, state, x))
             assert_same(multihost_utils.process_allgather((params, state), tiled=True), option)
 
 
