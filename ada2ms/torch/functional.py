@@ -77,6 +77,7 @@ class Options(NamedTuple):
     maximize: bool
     differentiable: bool
     live: Tensor | None  # false skips the step by weights of 0 (lr is 0 already); None: the host knows that it counts
+    grad_scale: Tensor | None = None  # what the gradients are still to be divided by, where the kernel does it
 
 
 def _single_tensor_ada2ms(

@@ -9,11 +9,12 @@ import torch
 from torch import Tensor
 
 _ROW = 1024
+_PLAIN = (Tensor, torch.nn.Parameter)
 
 
 def _is_sharded(tensor: Tensor) -> bool:
     """Whether it is a DTensor, without the second that importing the class takes where there are none."""
-    return hasattr(tensor, "device_mesh")
+    return type(tensor) not in _PLAIN and hasattr(tensor, "device_mesh")
 
 
 def local(tensor: Any, like: Any = None) -> Tensor:
@@ -35,12 +36,19 @@ def entries(tensor: Tensor) -> int:
     return tensor.numel() * (2 if tensor.is_complex() else 1)
 
 
-def squares(parts: list[Tensor], dtype: torch.dtype) -> list[Tensor]:
+def squares(parts: list[Tensor], dtype: torch.dtype) -> Tensor:
     """sum(g*g) of each of these plain real tensors, summed in at least float32, without a copy of any."""
-    if parts and all(part.is_cuda for part in parts) and not (torch.compiler.is_compiling() or torch.is_grad_enabled()):
+    if not parts:
+        return torch.zeros(0, dtype=dtype)
+    if all(part.is_cuda for part in parts) and not (torch.compiler.is_compiling() or torch.is_grad_enabled()):
         wide = torch.float64 if any(part.dtype == torch.float64 for part in parts) else torch.float32
-        return [norm.to(dtype).square() for norm in torch._foreach_norm(parts, 2, dtype=wide)]
-    return [_square(part, dtype) for part in parts]
+        return together(torch._foreach_norm(parts, 2, dtype=wide)).to(dtype).square()
+    return together([_square(part, dtype) for part in parts])
+
+
+def together(scalars: Sequence[Tensor]) -> Tensor:
+    """0-d tensors as one tensor, on the device of the first."""
+    return torch.stack([x.to(scalars[0].device) for x in scalars])
 
 
 def _square(part: Tensor, dtype: torch.dtype) -> Tensor:
@@ -56,12 +64,11 @@ def _square(part: Tensor, dtype: torch.dtype) -> Tensor:
     return rows.square().sum(dtype=dtype) + rest.to(dtype).square()
 
 
-def whole(sums: Sequence[Tensor], tensors: Sequence[Any], dtype: torch.dtype, *, each: bool) -> Tensor:
+def whole(values: Tensor, tensors: Sequence[Any], *, each: bool) -> Tensor:
     """The sum over the whole of all tensors, or of `each`, given the sum over this process' part of each.
 
     One all-reduce, of as many numbers, per device mesh and per dimension of it along which something is divided.
     """
-    values = torch.stack([s.to(sums[0].device, dtype) for s in sums])
     by_mesh: dict[Any, dict[int, Any]] = defaultdict(dict)
     for i, tensor in enumerate(tensors):
         if _is_sharded(tensor):
@@ -78,7 +85,7 @@ def whole(sums: Sequence[Tensor], tensors: Sequence[Any], dtype: torch.dtype, *,
             math.prod(mesh.size(dim) for dim in range(mesh.ndim) if reduced[dim] and not divided[i][dim])
             for i in divided
         ]
-        part = values[list(divided)] / torch.tensor(copies, dtype=dtype, device=values.device)
+        part = values[list(divided)] / torch.tensor(copies, dtype=values.dtype, device=values.device)
         placements = [Partial() if dim else Replicate() for dim in reduced]
         part = DTensor.from_local(part if each else part.sum(), mesh, placements, run_check=False)
         results.append(part.full_tensor())
@@ -88,9 +95,9 @@ def whole(sums: Sequence[Tensor], tensors: Sequence[Any], dtype: torch.dtype, *,
     return torch.cat(results)[torch.tensor(order, device=values.device).argsort()]
 
 
-def among(group: Any, sums: Sequence[Tensor], tensors: Sequence[Any], like: Tensor) -> tuple[Tensor, Tensor]:
+def among(group: Any, values: Tensor, tensors: Sequence[Any], like: Tensor) -> tuple[Tensor, Tensor]:
     """The sum over the tensors of every member of a process group, and the number of their entries."""
-    total = whole(sums, tensors, like.dtype, each=False) if sums else torch.zeros_like(like)
+    total = whole(values, tensors, each=False) if len(values) else torch.zeros_like(like)
     pair = torch.stack([total, torch.full_like(total, sum(map(entries, tensors)), dtype=like.dtype)])
     torch.distributed.all_reduce(pair, group=group)
     return pair[0], pair[1]

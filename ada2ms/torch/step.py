@@ -9,7 +9,9 @@ from torch import Tensor
 from torch.optim.optimizer import _default_to_fused_or_foreach
 
 from ada2ms.core.hyperparameters import check, value_at
+from ada2ms.torch import fused
 from ada2ms.torch.functional import Options, Scalar, _multi_tensor_ada2ms, _single_tensor_ada2ms, correction
+from ada2ms.torch.fused import _fused_ada2ms
 from ada2ms.torch.reduction import among, entries, local, squares, whole, writable
 
 
@@ -25,6 +27,7 @@ class Batch:
     steps: list[Tensor] = field(default_factory=list)
     global_exp_avg_sqs: list[Tensor] = field(default_factory=list)  # one; with scope "tensor" one per tensor
     counts: list[Tensor] = field(default_factory=list)  # k, and the skipped steps
+    fused: bool = False  # whether this step is by the fused kernel
 
 
 def ada2ms(
@@ -46,18 +49,19 @@ def ada2ms(
         return
     for batch in batches:
         batch.grads = [local(g, p) for g, p in zip(batch.grads, batch.params, strict=True)]
-        if grad_scale is not None:
+        batch.fused = bool(batch.group["fused"]) and not torch.compiler.is_compiling() and fused.supports(batch.grads)
+        if grad_scale is not None and not batch.fused:
             batch.grads = [
                 g.to(torch.promote_types(g.dtype, torch.float32)) / grad_scale.to(g.device) for g in batch.grads
             ]
     group = batches[0].group
     each, dtype = group["scope"] == "tensor", group["global_exp_avg_sq"].dtype
-    squared = squares([g for batch in batches for g in batch.grads], dtype)
+    squared = _squares(batches, grad_scale, dtype)
     sizes = [entries(p) for p in params]
     live: Tensor | None = None
     size: int | Tensor = max(sum(sizes), 1)
     if shard_group is None:
-        sums = whole(squared, params, dtype, each=each)
+        sums = whole(squared, params, each=each)
     else:
         sums, size = among(shard_group, squared, params, group["global_exp_avg_sq"])
         live = size > 0  # else no member has a gradient, and nothing happens
@@ -80,14 +84,24 @@ def ada2ms(
     if not each:
         mean = sums / size
         for batch in batches:
-            _update(batch, [mean], live)
+            _update(batch, [mean], live, grad_scale)
         return
     means = (sums / torch.tensor([max(n, 1) for n in sizes], dtype=dtype, device=sums.device)).unbind()
     start = 0
     for batch in batches:
         end = start + len(batch.params)
-        _update(batch, means[start:end], live)
+        _update(batch, means[start:end], live, grad_scale)
         start = end
+
+
+def _squares(batches: Sequence[Batch], grad_scale: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """sum(g*g) of each gradient of all groups."""
+    found = []
+    for batch in batches:
+        if batch.grads:
+            x = fused.squares(batch.grads, grad_scale) if batch.fused else squares(batch.grads, dtype)
+            found.append(x.to(found[0].device if found else x.device, dtype))
+    return torch.cat(found) if found else torch.zeros(0, dtype=dtype)
 
 
 def _on_host(group: dict[str, Any], tensor: Tensor) -> bool:
@@ -95,7 +109,7 @@ def _on_host(group: dict[str, Any], tensor: Tensor) -> bool:
     return tensor.is_cpu and not group["capturable"] and not torch.compiler.is_compiling()
 
 
-def _update(batch: Batch, means: Sequence[Tensor], live: Tensor | None) -> None:
+def _update(batch: Batch, means: Sequence[Tensor], live: Tensor | None, grad_scale: Tensor | None) -> None:
     """One step of a group, given mean(g*g) of the model or of each tensor, and whether to update at all."""
     group, (k, _), dtype = batch.group, batch.counts, means[0].dtype if means else torch.float32
     on_host = live is None and _on_host(group, k)
@@ -133,26 +147,31 @@ def _update(batch: Batch, means: Sequence[Tensor], live: Tensor | None) -> None:
 
     if not batch.params:
         return
-    params = [local(p) for p in batch.params]
+    options = Options(
+        lr,
+        beta1,
+        beta2,
+        group["eps"],
+        weight_decay,
+        adaptivity,
+        group["maximize"],
+        differentiable,
+        live,
+        grad_scale if batch.fused else None,
+    )
+    params, exp_avgs, exp_avg_sqs = ([local(x) for x in xs] for xs in (batch.params, batch.exp_avgs, batch.exp_avg_sqs))
+    if batch.fused:
+        _fused_ada2ms(params, batch.grads, exp_avgs, exp_avg_sqs, batch.steps, s_hats, options)
+        return
     foreach = group["foreach"]
     if foreach is None:
         foreach = _default_to_fused_or_foreach(params, differentiable, use_fused=False)[1]
     (_multi_tensor_ada2ms if foreach else _single_tensor_ada2ms)(
         params,
         batch.grads,
-        [local(m) for m in batch.exp_avgs],
-        [local(v) for v in batch.exp_avg_sqs],
+        exp_avgs,
+        exp_avg_sqs,
         [t.item() if on_host else t for t in batch.steps],
         s_hats,
-        Options(
-            lr,
-            beta1,
-            beta2,
-            group["eps"],
-            weight_decay,
-            adaptivity,
-            group["maximize"],
-            differentiable,
-            live,
-        ),
+        options,
     )

@@ -1,0 +1,275 @@
+// The rule on the CPU: one pass over the data of all tensors together, and one over the gradients before it.
+//
+// The formulas and their names are those of ada2ms/core/spec.py. Built on first use by ada2ms/torch/fused.py, for the
+// instructions that torch found on this machine; the loops are written such that a compiler makes them vectors.
+
+#include <ATen/Parallel.h>
+#include <ATen/ATen.h>
+#include <torch/library.h>
+
+#include <algorithm>
+#include <cmath>
+#include <cstring>
+#include <limits>
+#include <type_traits>
+#include <vector>
+
+namespace {
+
+using at::Tensor;
+using at::TensorList;
+
+constexpr int64_t kGrain = 1 << 15;  // entries for which another thread is worth its start
+constexpr int64_t kBuffer = 512;     // entries of 16 bits that are widened at a time, in the nearest cache
+constexpr int64_t kLanes = 32;       // sums side by side
+
+template <typename To, typename From>
+inline To bits(From x) {
+  To y;
+  std::memcpy(&y, &x, sizeof y);
+  return y;
+}
+
+// x^h for x >= 0 and h in (0, 0.5]: two float32 epsilons at most, whatever the size of x, as in ada2ms/jax/_power.py.
+inline float power(float x, float h) {
+  const bool subnormal = x < 0x1p-126f;
+  const int32_t i = bits<int32_t>(subnormal ? x * 0x1p24f : x);
+  // x = 2^e * (1 + t), with 1 + t between the roots of 1/2 and 2
+  const int32_t whole = (i - 0x3f3504f3) >> 23;
+  const float t = bits<float>(i - (whole << 23)) - 1;
+  const float e = static_cast<float>(subnormal ? whole - 24 : whole);
+  // log2(1 + t) = t * q(t), and 2^r, through the Chebyshev nodes; Estrin's scheme
+  const float t2 = t * t, t4 = t2 * t2;
+  const float q = (1.44269502f + -0.721347451f * t) + (0.480910748f + -0.360693276f * t) * t2 +
+      ((0.287903249f + -0.239169881f * t) + (0.216078222f + -0.205861881f * t) * t2) * t4 + 0.123109683f * (t4 * t4);
+  // h*log2(x) = n + r, with n whole. The upper 16 bits of h times e are exact, and so is that less n.
+  const float upper = bits<float>(bits<int32_t>(h) & -256);
+  const float magic = upper * e + 0x1.8p23f;  // has n in its lowest bits; from there it goes into the exponent's
+  const float r = (upper * e - (magic - 0x1.8p23f)) + (h - upper) * e + h * t * q;
+  const float r2 = r * r;
+  const float two_to_r = (1.0f + 0.69314748f * r) + (0.240226537f + 0.0554998592f * r) * r2 +
+      ((0.00961776171f + 0.00134844088f * r) + 0.000155341098f * r2) * (r2 * r2);
+  const float two_to_n = bits<float>((bits<int32_t>(magic) + 127) << 23);
+  const float result = two_to_r * two_to_n;
+  return x > 0 && x < std::numeric_limits<float>::infinity() ? result : x;  // 0, infinity and NaN are their own powers
+}
+
+inline double power(double x, double h) { return std::pow(x, h); }
+
+enum class Root { kNone, kSquare, kFourth, kPower };
+
+Root root_of(double adaptivity) {
+  return adaptivity == 0 ? Root::kNone
+      : adaptivity == 1 ? Root::kSquare
+      : adaptivity == 0.5 ? Root::kFourth
+      : Root::kPower;
+}
+
+template <typename W>
+struct Scalars {
+  W unscale, beta1, weight1, beta2, weight2, exponent, factor, eps, decay, step_size;
+
+  template <typename To>
+  Scalars<To> as() const {
+    return {To(unscale), To(beta1), To(weight1), To(beta2), To(weight2),
+            To(exponent), To(factor), To(eps), To(decay), To(step_size)};
+  }
+};
+
+template <Root root, typename W>
+void update(int64_t n, W* __restrict p, const W* __restrict g, W* __restrict m, W* __restrict v, const Scalars<W> c) {
+  for (int64_t i = 0; i < n; ++i) {
+    const W x = g[i] * c.unscale;
+    const W m_new = c.beta1 * m[i] + c.weight1 * x;
+    const W v_new = c.beta2 * v[i] + c.weight2 * x * x;
+    W d;
+    if constexpr (root == Root::kNone) d = c.factor + c.eps;
+    else if constexpr (root == Root::kSquare) d = c.factor * std::sqrt(v_new) + c.eps;
+    else if constexpr (root == Root::kFourth) d = c.factor * std::sqrt(std::sqrt(v_new)) + c.eps;
+    else d = c.factor * power(v_new, c.exponent) + c.eps;
+    d = d == 0 ? std::numeric_limits<W>::infinity() : d;  // only without eps: where nothing has moved, no update
+    m[i] = m_new;
+    v[i] = v_new;
+    p[i] = c.decay * p[i] - c.step_size * (m_new / d);
+  }
+}
+
+// One tensor, as it lies in memory, and its numbers.
+struct Work {
+  void *p, *g, *m, *v;
+  Scalars<double> scalars;
+  void (*run)(const Work&, int64_t begin, int64_t end);
+};
+
+template <Root root, typename P, typename G, typename W>
+void run(const Work& work, int64_t begin, int64_t end) {
+  P* p = static_cast<P*>(work.p);
+  const G* g = static_cast<const G*>(work.g);
+  W *m = static_cast<W*>(work.m), *v = static_cast<W*>(work.v);
+  const auto c = work.scalars.template as<W>();
+  if constexpr (std::is_same_v<P, W>) {
+    update<root, W>(end - begin, p + begin, g + begin, m + begin, v + begin, c);
+  } else {
+    W wide_p[kBuffer], wide_g[kBuffer];
+    for (; begin < end; begin += kBuffer) {
+      const int64_t n = std::min(kBuffer, end - begin);
+      for (int64_t i = 0; i < n; ++i) wide_p[i] = static_cast<W>(p[begin + i]);
+      for (int64_t i = 0; i < n; ++i) wide_g[i] = static_cast<W>(g[begin + i]);
+      update<root, W>(n, wide_p, wide_g, m + begin, v + begin, c);
+      for (int64_t i = 0; i < n; ++i) p[begin + i] = static_cast<P>(wide_p[i]);
+    }
+  }
+}
+
+template <Root root>
+auto run_for(at::ScalarType p, at::ScalarType g) -> decltype(Work::run) {
+  if (p == at::kDouble) return run<root, double, double, double>;
+  if (p == at::kHalf) return g == p ? run<root, at::Half, at::Half, float> : run<root, at::Half, float, float>;
+  if (p == at::kBFloat16)
+    return g == p ? run<root, at::BFloat16, at::BFloat16, float> : run<root, at::BFloat16, float, float>;
+  TORCH_CHECK_NOT_IMPLEMENTED(p == at::kFloat, "fused Ada2MS has no kernel for parameters of dtype ", p);
+  return run<root, float, float, float>;
+}
+
+decltype(Work::run) run_for(Root root, at::ScalarType p, at::ScalarType g) {
+  switch (root) {
+    case Root::kNone: return run_for<Root::kNone>(p, g);
+    case Root::kSquare: return run_for<Root::kSquare>(p, g);
+    case Root::kFourth: return run_for<Root::kFourth>(p, g);
+    default: return run_for<Root::kPower>(p, g);
+  }
+}
+
+// `run(i, begin, end)` for every part of the numbers 0..sizes[i] of each i, by all threads, with as many numbers each.
+template <typename Run>
+void for_parts(const std::vector<int64_t>& sizes, const Run& run) {
+  std::vector<int64_t> ends(sizes.size());
+  int64_t total = 0;
+  for (size_t i = 0; i < sizes.size(); ++i) ends[i] = total += sizes[i];
+  at::parallel_for(0, total, kGrain, [&](int64_t begin, int64_t end) {
+    size_t i = std::upper_bound(ends.begin(), ends.end(), begin) - ends.begin();
+    for (; begin < end; begin = ends[i++]) {
+      const int64_t start = ends[i] - sizes[i];
+      run(i, begin - start, std::min(end, ends[i]) - start);
+    }
+  });
+}
+
+// `x` itself, or a copy of it that has another's strides, and this dtype.
+Tensor laid_out_as(const Tensor& x, const Tensor& like, at::ScalarType dtype) {
+  const bool same = (x.is_contiguous() && like.is_contiguous()) || x.strides() == like.strides();
+  if (same && x.scalar_type() == dtype) return x;
+  return at::empty_strided(like.sizes(), like.strides(), x.options().dtype(dtype)).copy_(x);
+}
+
+double count(const Tensor& x) {
+  return x.scalar_type() == at::kFloat ? *x.const_data_ptr<float>() : x.item().toDouble();
+}
+
+// 1 - beta^t
+double correction(double beta, double t) { return beta == 0 ? 1 : -std::expm1(t * std::log(beta)); }
+
+// One step of a parameter group, in place, given each tensor's t (after this step) and s_hat (one for all, or each).
+void step(TensorList params, TensorList grads, TensorList exp_avgs, TensorList exp_avg_sqs, TensorList steps,
+          at::ArrayRef<double> s_hats, double lr, double beta1, double beta2, double eps, double weight_decay,
+          double adaptivity, double unscale) {
+  std::vector<Work> works;
+  std::vector<int64_t> sizes;
+  std::vector<Tensor> copies, originals;  // of what lies in memory otherwise than its parameter, or with gaps
+  auto as = [&](const Tensor& x, const Tensor& like, at::ScalarType dtype, bool written) {
+    Tensor y = laid_out_as(x, like, dtype);
+    if (!y.is_same(x)) {
+      copies.push_back(y);
+      originals.push_back(written ? x : Tensor());
+    }
+    return y.data_ptr();
+  };
+  Scalars<double> scalars{unscale, beta1, 1 - beta1, beta2, 1 - beta2, adaptivity / 2, 0, eps, 1 - lr * weight_decay, 0};
+  const Root root = root_of(adaptivity);
+  double last_t = -1, last_s = 0;
+  for (size_t i = 0; i < params.size(); ++i) {
+    const Tensor &p = params[i], &g = grads[i];
+    const double t = count(steps[i]), s_hat = s_hats[s_hats.size() == 1 ? 0 : i];
+    if (t != last_t || s_hat != last_s) {
+      last_t = t, last_s = s_hat;
+      const double h = adaptivity / 2;
+      scalars.factor = (adaptivity == 1 ? 1 : std::pow(s_hat, 0.5 - h)) / std::pow(correction(beta2, t), h);
+      scalars.step_size = lr / correction(beta1, t);
+    }
+    const auto narrow = p.scalar_type(), wide = narrow == at::kDouble ? at::kDouble : at::kFloat;
+    const auto of_g = g.scalar_type() == narrow ? narrow : wide;
+    const Tensor like = p.is_non_overlapping_and_dense() ? p : p.contiguous();
+    works.push_back({as(p, like, narrow, true), as(g, like, of_g, false), as(exp_avgs[i], like, wide, true),
+                     as(exp_avg_sqs[i], like, wide, true), scalars, run_for(root, narrow, of_g)});
+    sizes.push_back(p.numel());
+  }
+  for_parts(sizes, [&](size_t i, int64_t begin, int64_t end) { works[i].run(works[i], begin, end); });
+  for (size_t i = 0; i < copies.size(); ++i)
+    if (originals[i].defined()) originals[i].copy_(copies[i]);
+  for (TensorList written : {params, exp_avgs, exp_avg_sqs})  // so that autograd knows
+    for (const Tensor& x : written) x.unsafeGetTensorImpl()->bump_version();
+}
+
+template <typename T>
+double square(const void* data, int64_t n) {
+  const T* x = static_cast<const T*>(data);
+  double sums[kLanes] = {};
+  int64_t i = 0;
+  for (; i + kLanes <= n; i += kLanes)
+    for (int64_t j = 0; j < kLanes; ++j) {
+      const double y = static_cast<std::conditional_t<std::is_same_v<T, double>, double, float>>(x[i + j]);
+      sums[j] += y * y;
+    }
+  for (; i < n; ++i) sums[i % kLanes] += static_cast<double>(x[i]) * static_cast<double>(x[i]);
+  for (int64_t j = 1; j < kLanes; ++j) sums[0] += sums[j];
+  return sums[0];
+}
+
+double square(const Tensor& x, int64_t begin, int64_t n) {
+  const char* data = static_cast<const char*>(x.const_data_ptr()) + begin * x.element_size();
+  switch (x.scalar_type()) {
+    case at::kDouble: return square<double>(data, n);
+    case at::kHalf: return square<at::Half>(data, n);
+    case at::kBFloat16: return square<at::BFloat16>(data, n);
+    default: return square<float>(data, n);
+  }
+}
+
+// sum(x*x) of each, in float64, and the same whatever the number of threads: by blocks that depend on the size alone.
+Tensor squares(TensorList tensors) {
+  std::vector<Tensor> dense;
+  std::vector<int64_t> sizes, first;  // first: the number of blocks before each tensor
+  int64_t blocks = 0;
+  for (const Tensor& given : tensors) {
+    Tensor x = given.is_non_overlapping_and_dense() ? given : given.contiguous();
+    dense.push_back(at::isFloatingType(x.scalar_type()) ? x : x.to(at::kDouble));
+    sizes.push_back(x.numel());
+    first.push_back(blocks);
+    blocks += (x.numel() + kGrain - 1) / kGrain;
+  }
+  std::vector<double> sums(blocks);
+  for_parts(sizes, [&](size_t i, int64_t begin, int64_t end) {  // the blocks that begin in this part
+    for (int64_t k = (begin + kGrain - 1) / kGrain; k * kGrain < end; ++k)
+      sums[first[i] + k] = square(dense[i], k * kGrain, std::min(kGrain, sizes[i] - k * kGrain));
+  });
+  Tensor result = at::zeros({static_cast<int64_t>(tensors.size())}, at::kDouble);
+  double* total = result.data_ptr<double>();
+  for (size_t i = 0; i < dense.size(); ++i)
+    for (int64_t k = first[i]; k < (i + 1 < first.size() ? first[i + 1] : blocks); ++k) total[i] += sums[k];
+  return result;
+}
+
+}  // namespace
+
+TORCH_LIBRARY(ada2ms, library) {
+  library.def(
+      "step(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] exp_avgs, Tensor(c!)[] exp_avg_sqs, Tensor[] steps, "
+      "float[] s_hats, float lr, float beta1, float beta2, float eps, float weight_decay, float adaptivity, "
+      "float unscale) -> ()");
+  library.def("squares(Tensor[] tensors) -> Tensor");
+}
+
+TORCH_LIBRARY_IMPL(ada2ms, CPU, library) {
+  library.impl("step", &step);
+  library.impl("squares", &squares);
+}

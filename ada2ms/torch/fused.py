@@ -1,0 +1,103 @@
+"""The rule with `fused=True`: on CPUs one pass in C++ over all tensors together, on CUDA one in Triton over each."""
+
+import functools
+import hashlib
+import platform
+import sys
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ada2ms.torch.functional import Options, Scalar
+
+_FLAGS = {  # what torch compiles its own kernels with, where it finds these instructions
+    "AVX2": ["-mavx2", "-mfma", "-mf16c"],
+    "AVX512": ["-mavx2", "-mfma", "-mf16c", "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl"],
+}
+
+
+@functools.cache
+def library() -> Any:
+    """The C++ of this folder, as torch.ops.ada2ms; None, after a warning, where it cannot be built.
+
+    The first process that asks has it compiled, which takes some ten seconds; it stays in torch's cache of extensions.
+    """
+    try:
+        return _build()
+    except Exception as error:  # whatever is amiss with this machine's compiler, training goes on
+        reason = next(iter(str(error).splitlines()), type(error).__name__)
+        warnings.warn(
+            f"Ada2MS(fused=True) compiles its update on first use, which failed ({reason}); the default implementation "
+            "takes its place. It needs a C++ compiler (Linux: g++; macOS: xcode-select --install; Windows: Visual "
+            "Studio's cl) and ninja (pip install ninja), both on the PATH.",
+            RuntimeWarning,
+            stacklevel=2,
+        )
+        return None
+
+
+def _build() -> Any:
+    """Compiles and loads fused.cpp. Not for "-march=native": a cache may be shared by machines that differ."""
+    from torch.utils import cpp_extension
+
+    source = Path(__file__).with_name("fused.cpp")
+    if sys.platform == "win32":
+        flags = ["/O2", "/openmp"]
+    else:
+        flags = ["-O3", "-fno-math-errno", "-fno-trapping-math"]
+        if platform.machine() in ("x86_64", "AMD64"):
+            flags += _FLAGS.get(torch.backends.cpu.get_cpu_capability(), [])
+        if sys.platform == "linux":
+            flags.append("-fopenmp")  # of which torch brings the library
+    content = source.read_bytes() + repr((flags, torch.__version__)).encode()
+    cpp_extension.load(
+        f"ada2ms_{hashlib.sha256(content).hexdigest()[:16]}",  # the cache itself compares but times of files
+        [str(source)],
+        extra_cflags=flags,
+        is_python_module=False,
+    )
+    return torch.ops.ada2ms
+
+
+def supports(tensors: Sequence[Tensor]) -> bool:
+    """Whether there is a kernel for these; compiles it if need be."""
+    return all(x.is_cpu for x in tensors) and library() is not None
+
+
+def squares(grads: Sequence[Tensor], grad_scale: Tensor | None) -> Tensor:
+    """sum(g*g) of each, less its scale, in float64."""
+    sums: Tensor = library().squares(grads)
+    return sums if grad_scale is None else sums / grad_scale.double() ** 2
+
+
+def _fused_ada2ms(
+    params: Sequence[Tensor],
+    grads: Sequence[Tensor],
+    exp_avgs: Sequence[Tensor],
+    exp_avg_sqs: Sequence[Tensor],
+    steps: Sequence[Tensor],
+    s_hats: Sequence[Scalar],
+    o: Options,
+) -> None:
+    if o.live is not None and not o.live:
+        return
+    unscale = 1.0 if o.grad_scale is None else 1 / float(o.grad_scale)
+    library().step(
+        params,
+        grads,
+        exp_avgs,
+        exp_avg_sqs,
+        steps,
+        [float(s) for s in s_hats],
+        float(o.lr),
+        float(o.beta1),
+        float(o.beta2),
+        o.eps,
+        float(o.weight_decay),
+        float(o.adaptivity),
+        -unscale if o.maximize else unscale,
+    )
