@@ -6,7 +6,8 @@ it does not: while compiling, under CUDA graphs, and for whatever must not wait 
 
 import math
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from functools import partial
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -14,6 +15,7 @@ from torch import Tensor
 from ada2ms.core import spec
 
 Scalar = float | Tensor
+T = TypeVar("T")
 
 
 def correction(beta: Scalar, count: Scalar, dtype: torch.dtype) -> Scalar:
@@ -57,12 +59,33 @@ def scale(adaptivity: Scalar, s_hat: Scalar, correction2: Scalar) -> Scalar:
     return s_hat ** ((1 - adaptivity) / 2) / correction2 ** (adaptivity / 2)
 
 
+def scalars(t: Scalar, s_hat: Scalar, device: torch.device, dtype: torch.dtype, o: "Options") -> "Scalars":
+    """The numbers of a tensor on this device whose state is of this dtype."""
+    step_size = o.lr / correction(o.beta1, t, dtype)
+    if isinstance(s_hat, Tensor):
+        s_hat = s_hat.to(device)
+    if not isinstance(o.adaptivity, Tensor) and o.adaptivity == 0:
+        return Scalars(step_size / _without_zeros(s_hat**0.5 + o.eps, o.eps, dtype), None, 0.0)
+    factor = scale(o.adaptivity, s_hat, correction(o.beta2, t, dtype))
+    if o.differentiable or isinstance(factor, Tensor) or not 0 < factor < math.inf:
+        return Scalars(step_size, factor, o.eps)
+    return Scalars(step_size / factor, 1.0, o.eps / factor)  # both sides of the quotient by factor: one pass less
+
+
 def _without_zeros(d: Any, eps: float, dtype: torch.dtype) -> Any:
     """`d` with infinity for 0, which too small an eps leaves where nothing has moved yet: no update there."""
     smallest = torch.finfo(dtype).tiny
     if eps >= smallest:
         return d
     return torch.where(d == 0, math.inf, d) if isinstance(d, Tensor) else d if d >= smallest else math.inf
+
+
+class Scalars(NamedTuple):
+    """theta <- ... - step_size * m / (factor * v**(a/2) + eps); or ... - step_size * m, where factor is None."""
+
+    step_size: Scalar
+    factor: Scalar | None
+    eps: float
 
 
 class Options(NamedTuple):
@@ -89,8 +112,10 @@ def _single_tensor_ada2ms(
     s_hats: Sequence[Scalar],
     o: Options,
 ) -> None:
-    for p, g, m, v, t, s_hat in zip(params, grads, exp_avgs, exp_avg_sqs, steps, s_hats, strict=True):
-        theta, g = p.to(m.dtype), g.to(m.dtype)
+    numbers = _each(partial(scalars, o=o), steps, s_hats, *_places(exp_avg_sqs))
+    for p, g, m, v, (step_size, factor, eps) in zip(params, grads, exp_avgs, exp_avg_sqs, numbers, strict=True):
+        theta = p if p.dtype == m.dtype else p.to(m.dtype)
+        g = g if g.dtype == m.dtype else g.to(m.dtype)
         if o.maximize:
             g = -g
         weight1, weight2 = 1 - o.beta1, 1 - o.beta2
@@ -107,26 +132,21 @@ def _single_tensor_ada2ms(
             v.mul_(o.beta2).addcmul_(g, g, value=weight2)
 
         # d = v_hat^(a/2) * s_hat^((1-a)/2) + eps
-        correction1, correction2 = correction(o.beta1, t, v.dtype), correction(o.beta2, t, v.dtype)
-        if isinstance(s_hat, Tensor):
-            s_hat = s_hat.to(v.device)
-        d: Scalar
-        if not isinstance(o.adaptivity, Tensor) and o.adaptivity == 0:
-            d = s_hat**0.5 + o.eps
-        else:
-            factor = scale(o.adaptivity, s_hat, correction2)
+        d = None
+        if factor is not None:
             d = root(v, o.adaptivity, o.differentiable)
-            d = d * factor + o.eps if o.differentiable else d.mul_(factor).add_(o.eps)
-        d = _without_zeros(d, o.eps, v.dtype)
+            if o.differentiable:
+                d = d * factor
+            elif isinstance(factor, Tensor) or factor != 1:
+                d.mul_(factor)
+            d = _without_zeros(d.add_(eps), eps, v.dtype)
 
         # theta <- theta*(1 - lr*wd) - lr*m_hat/d
         if not isinstance(o.weight_decay, (int, float)) or o.weight_decay != 0:
             theta = theta.mul_(1 - o.lr * o.weight_decay)
-        step_size = o.lr / correction1
         if o.differentiable:
             m = m.clone()
-        if not isinstance(d, Tensor) or d.ndim < m.ndim:
-            step_size = step_size / d
+        if d is None:
             theta = theta.sub_(m * step_size) if isinstance(step_size, Tensor) else theta.add_(m, alpha=-step_size)
         elif isinstance(step_size, Tensor):
             theta = theta.sub_(m * step_size / d)
@@ -147,7 +167,7 @@ def _multi_tensor_ada2ms(
 ) -> None:
     if o.differentiable:
         raise AssertionError("_foreach ops don't support autograd")
-    for indices in _by_device_and_dtype(params):
+    for indices in together(params, lambda x: (x.device, x.dtype)):
         p, g, m, v = ([x[i] for i in indices] for x in (params, grads, exp_avgs, exp_avg_sqs))
         _update_together(p, g, m, v, [steps[i] for i in indices], [s_hats[i] for i in indices], o)
 
@@ -186,16 +206,15 @@ def _update_together(
     del g
 
     # d = v_hat^(a/2) * s_hat^((1-a)/2) + eps
-    s_hat = [x.to(device) if isinstance(x, Tensor) else x for x in s_hat]
-    step_sizes = _each(lambda x: -o.lr / correction(o.beta1, x, dtype), t)
-    if not isinstance(o.adaptivity, Tensor) and o.adaptivity == 0:
-        step_sizes = _each(lambda x, s: x / _without_zeros(s**0.5 + o.eps, o.eps, dtype), step_sizes, s_hat)
-        d = None
-    else:
+    each = _each(partial(scalars, o=o), t, s_hat, *_places(v))
+    step_sizes, factors, eps = [-x.step_size for x in each], [x.factor for x in each], [x.eps for x in each]
+    d = None
+    if factors[0] is not None:
         d = foreach_root(v, o.adaptivity)
-        _scale_(d, _each(lambda s, x: scale(o.adaptivity, s, correction(o.beta2, x, dtype)), s_hat, t))
-        torch._foreach_add_(d, o.eps)
-        d = [_without_zeros(x, o.eps, dtype) for x in d]
+        if any(isinstance(x, Tensor) or x != 1 for x in factors):
+            _scale_(d, factors)  # type: ignore[arg-type]  # all are None, or none
+        torch._foreach_add_(d, eps)
+        d = [_without_zeros(x, y, dtype) for x, y in zip(d, eps, strict=True)]
 
     # theta <- theta*(1 - lr*wd) - lr*m_hat/d
     if not isinstance(o.weight_decay, (int, float)) or o.weight_decay != 0:
@@ -211,12 +230,12 @@ def _update_together(
         torch._foreach_copy_(p, theta)
 
 
-def _by_device_and_dtype(tensors: Sequence[Tensor]) -> list[list[int]]:
-    """Indices of tensors that one operation may take together."""
-    together: dict[Any, list[int]] = {}
+def together(tensors: Sequence[Tensor], key: Callable[[Tensor], Any]) -> list[list[int]]:
+    """Indices of tensors that one operation may take together, for what is equal among them."""
+    indices: dict[Any, list[int]] = {}
     for i, tensor in enumerate(tensors):
-        together.setdefault((tensor.device, tensor.dtype), []).append(i)
-    return list(together.values())
+        indices.setdefault(key(tensor), []).append(i)
+    return list(indices.values())
 
 
 def _decay_(averages: list[Tensor], values: list[Tensor], weight: Tensor) -> None:
@@ -225,11 +244,15 @@ def _decay_(averages: list[Tensor], values: list[Tensor], weight: Tensor) -> Non
     torch._foreach_add_(averages, torch._foreach_mul(values, weight.to(averages[0].dtype)))
 
 
-def _each(function: Callable[..., Scalar], *lists: Sequence[Scalar]) -> list[Scalar]:
+def _places(tensors: Sequence[Tensor]) -> tuple[list[torch.device], list[torch.dtype]]:
+    return [x.device for x in tensors], [x.dtype for x in tensors]
+
+
+def _each(function: Callable[..., T], *lists: Sequence[Any]) -> list[T]:
     """The function of each, computed once for what is the same: then the results are the same object."""
     if torch.compiler.is_compiling():
         return [function(*arguments) for arguments in zip(*lists, strict=True)]
-    known: dict[Any, Scalar] = {}
+    known: dict[Any, T] = {}
     results = []
     for arguments in zip(*lists, strict=True):
         key = tuple(id(x) if isinstance(x, Tensor) else x for x in arguments)

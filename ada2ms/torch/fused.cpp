@@ -11,6 +11,7 @@
 #include <cmath>
 #include <cstring>
 #include <limits>
+#include <numeric>
 #include <type_traits>
 #include <vector>
 
@@ -23,6 +24,9 @@ constexpr int64_t kGrain = 1 << 15;  // entries for which another thread is wort
 constexpr int64_t kBuffer = 512;     // entries of 16 bits that are widened at a time, in the nearest cache
 constexpr int64_t kLanes = 32;       // sums side by side
 
+template <typename T>
+using wide_t = std::conditional_t<std::is_same_v<T, double>, double, float>;
+
 template <typename To, typename From>
 inline To bits(From x) {
   To y;
@@ -30,7 +34,7 @@ inline To bits(From x) {
   return y;
 }
 
-// x^h for x >= 0 and h in (0, 0.5]: two float32 epsilons at most, whatever the size of x, as in ada2ms/jax/_power.py.
+// x^h for x >= 0 and h in (0, 0.5]: two float32 epsilons at most, whatever the size of x.
 inline float power(float x, float h) {
   const bool subnormal = x < 0x1p-126f;
   const int32_t i = bits<int32_t>(subnormal ? x * 0x1p24f : x);
@@ -38,17 +42,17 @@ inline float power(float x, float h) {
   const int32_t whole = (i - 0x3f3504f3) >> 23;
   const float t = bits<float>(i - (whole << 23)) - 1;
   const float e = static_cast<float>(subnormal ? whole - 24 : whole);
-  // log2(1 + t) = t * q(t), and 2^r, through the Chebyshev nodes; Estrin's scheme
-  const float t2 = t * t, t4 = t2 * t2;
-  const float q = (1.44269502f + -0.721347451f * t) + (0.480910748f + -0.360693276f * t) * t2 +
-      ((0.287903249f + -0.239169881f * t) + (0.216078222f + -0.205861881f * t) * t2) * t4 + 0.123109683f * (t4 * t4);
-  // h*log2(x) = n + r, with n whole. The upper 16 bits of h times e are exact, and so is that less n.
-  const float upper = bits<float>(bits<int32_t>(h) & -256);
-  const float magic = upper * e + 0x1.8p23f;  // has n in its lowest bits; from there it goes into the exponent's
-  const float r = (upper * e - (magic - 0x1.8p23f)) + (h - upper) * e + h * t * q;
-  const float r2 = r * r;
-  const float two_to_r = (1.0f + 0.69314748f * r) + (0.240226537f + 0.0554998592f * r) * r2 +
-      ((0.00961776171f + 0.00134844088f * r) + 0.000155341098f * r2) * (r2 * r2);
+  // h*log2(x) = n + r, with n whole. Polynomials through Chebyshev's nodes, by Estrin's scheme: log2(1 + t) = t * q(t),
+  const float t2 = t * t;
+  const float q = (1.44269502f + -0.721352935f * t) + (0.480916709f + -0.360225171f * t) * t2 +
+      ((0.287288874f + -0.249271825f * t) + (0.232652575f + -0.14275974f * t) * t2) * (t2 * t2);
+  const float upper = bits<float>(bits<int32_t>(h) & -256);  // of h: times e it is exact, and so is that less n
+  const float log = (h - upper) * e + h * t * q;
+  const float magic = (upper * e + log) + 0x1.8p23f;  // has n in its lowest bits, which go into the exponent's
+  const float r = (upper * e - (magic - 0x1.8p23f)) + log;
+  const float r2 = r * r;  // and 2^r
+  const float two_to_r = (1.00000012f + 0.693147182f * r) +
+      ((0.240221068f + 0.0555035695f * r) + (0.00967603177f + 0.00133908633f * r) * r2) * r2;
   const float two_to_n = bits<float>((bits<int32_t>(magic) + 127) << 23);
   const float result = two_to_r * two_to_n;
   return x > 0 && x < std::numeric_limits<float>::infinity() ? result : x;  // 0, infinity and NaN are their own powers
@@ -184,7 +188,8 @@ void step(TensorList params, TensorList grads, TensorList exp_avgs, TensorList e
     }
     return y.data_ptr();
   };
-  Scalars<double> scalars{unscale, beta1, 1 - beta1, beta2, 1 - beta2, adaptivity / 2, 0, eps, 1 - lr * weight_decay, 0};
+  Scalars<double> scalars{unscale, beta1, 1 - beta1, beta2, 1 - beta2,
+                          adaptivity / 2, 0, eps, 1 - lr * weight_decay, 0};
   const Root root = root_of(adaptivity);
   double last_t = -1, last_s = 0;
   for (size_t i = 0; i < params.size(); ++i) {
@@ -214,15 +219,14 @@ template <typename T>
 double square(const void* data, int64_t n) {
   const T* x = static_cast<const T*>(data);
   double sums[kLanes] = {};
-  int64_t i = 0;
-  for (; i + kLanes <= n; i += kLanes)
+  const int64_t end = n / kLanes * kLanes;
+  for (int64_t i = 0; i < end; i += kLanes)
     for (int64_t j = 0; j < kLanes; ++j) {
-      const double y = static_cast<std::conditional_t<std::is_same_v<T, double>, double, float>>(x[i + j]);
+      const double y = static_cast<wide_t<T>>(x[i + j]);
       sums[j] += y * y;
     }
-  for (; i < n; ++i) sums[i % kLanes] += static_cast<double>(x[i]) * static_cast<double>(x[i]);
-  for (int64_t j = 1; j < kLanes; ++j) sums[0] += sums[j];
-  return sums[0];
+  for (int64_t i = end; i < n; ++i) sums[i - end] += std::pow(static_cast<double>(x[i]), 2);
+  return std::accumulate(sums, sums + kLanes, 0.0);
 }
 
 double square(const Tensor& x, int64_t begin, int64_t n) {

@@ -2,17 +2,20 @@
 
 import functools
 import hashlib
+import importlib
 import platform
 import sys
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ada2ms.torch.functional import Options, Scalar
+from ada2ms.torch import reduction
+from ada2ms.torch.functional import Options, Scalar, together
 
 _FLAGS = {  # what torch compiles its own kernels with, where it finds these instructions
     "AVX2": ["-mavx2", "-mfma", "-mf16c"],
@@ -63,15 +66,32 @@ def _build() -> Any:
     return torch.ops.ada2ms
 
 
+@functools.cache
+def _cuda() -> ModuleType | None:
+    """The kernel in Triton, which comes with torch for CUDA; None, after a warning, where it does not."""
+    try:
+        return importlib.import_module("ada2ms.torch.fused_cuda")
+    except ImportError as error:
+        warnings.warn(
+            f"Ada2MS(fused=True) needs Triton on CUDA ({error}): pip install triton; the default implementation takes "
+            "its place.",
+            RuntimeWarning,
+            stacklevel=2,
+        )
+        return None
+
+
 def supports(tensors: Sequence[Tensor]) -> bool:
-    """Whether there is a kernel for these; compiles it if need be."""
-    return all(x.is_cpu for x in tensors) and library() is not None
+    """Whether there is a kernel for these, all on CPUs or all on CUDA; compiles it if need be."""
+    if all(x.is_cpu for x in tensors):
+        return library() is not None
+    return all(x.is_cuda for x in tensors) and _cuda() is not None
 
 
-def squares(grads: Sequence[Tensor], grad_scale: Tensor | None) -> Tensor:
+def squares(grads: list[Tensor], grad_scale: Tensor | None) -> Tensor:
     """sum(g*g) of each, less its scale, in float64."""
-    sums: Tensor = library().squares(grads)
-    return sums if grad_scale is None else sums / grad_scale.double() ** 2
+    sums: Tensor = library().squares(grads) if grads[0].is_cpu else reduction.squares(grads, torch.float64)
+    return sums if grad_scale is None else sums / grad_scale.to(sums.device, sums.dtype) ** 2
 
 
 def _fused_ada2ms(
@@ -83,6 +103,14 @@ def _fused_ada2ms(
     s_hats: Sequence[Scalar],
     o: Options,
 ) -> None:
+    if not params[0].is_cpu:
+        kernel = _cuda()
+        assert kernel is not None
+        for indices in together(params, lambda x: x.device):
+            with torch.cuda.device(params[indices[0]].device):
+                lists = (params, grads, exp_avgs, exp_avg_sqs, steps, s_hats)
+                kernel._fused_ada2ms(*([x[i] for i in indices] for x in lists), o)
+        return
     if o.live is not None and not o.live:
         return
     unscale = 1.0 if o.grad_scale is None else 1 / float(o.grad_scale)

@@ -64,8 +64,10 @@ class Ada2MS(Optimizer):
         scope: "model": one global second moment for the whole model, across groups; "tensor": one per tensor.
         nonfinite: "propagate", or "skip" a step in which a gradient is not finite: it changes nothing but `skipped`.
         maximize, foreach, capturable, differentiable: as in torch.optim.AdamW.
-        fused: as in torch.optim.AdamW, of which it has the treatment of GradScaler (gradients are unscaled here, and s
-            does not move when a step is skipped); there is no fused kernel yet, and the update is the default one.
+        fused: as in torch.optim.AdamW, GradScaler included: one pass over the data after the sum, in C++ on CPUs and in
+            Triton on CUDA. The C++ is compiled on first use (some ten seconds, once for each version and kind of
+            machine) and needs a compiler and ninja; without them, a warning and the default implementation. Under
+            torch.compile, whose compiler fuses it, the default implementation is what is compiled.
         shard_group: the process group among whose members the model's parameters are divided, every parameter, or every
             part of one, on a single member: ZeroRedundancyOptimizer, pipeline stages, FullyShardedDataParallel (with
             `use_orig_params=True`). The mean of g*g is then over all members, by one all-reduce of two numbers a step,
@@ -332,8 +334,8 @@ def _warm_start(groups: list[dict[str, Any]], state: dict[Any, dict[str, Any]]) 
 
 def _mean(tensors: list[Tensor]) -> Tensor:
     dtype = max((wide(local(x).dtype) for x in tensors), key=lambda dtype: dtype.itemsize)
-    sums = [local(x).sum(dtype=dtype) for x in tensors]
-    return whole(sums, tensors, dtype, each=False) / max(sum(map(entries, tensors)), 1)
+    sums = torch.stack([local(x).sum(dtype=dtype).to(tensors[0].device) for x in tensors])
+    return whole(sums, tensors, each=False) / max(sum(map(entries, tensors)), 1)
 
 
 def wide(dtype: torch.dtype) -> torch.dtype:

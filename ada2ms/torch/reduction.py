@@ -8,13 +8,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
-_ROW = 1024
+_ROW, _ROWS = 1024, 16  # what is summed at once; in how many of these it is not worth while
 _PLAIN = (Tensor, torch.nn.Parameter)
 
 
 def _is_sharded(tensor: Tensor) -> bool:
     """Whether it is a DTensor, without the second that importing the class takes where there are none."""
     return type(tensor) not in _PLAIN and hasattr(tensor, "device_mesh")
+
+
+def is_plain(tensor: Tensor) -> bool:
+    """Whether it is whole and real, so that `local` would give it back."""
+    return type(tensor) in _PLAIN and not tensor.is_complex()
 
 
 def local(tensor: Any, like: Any = None) -> Tensor:
@@ -40,28 +45,29 @@ def squares(parts: list[Tensor], dtype: torch.dtype) -> Tensor:
     """sum(g*g) of each of these plain real tensors, summed in at least float32, without a copy of any."""
     if not parts:
         return torch.zeros(0, dtype=dtype)
-    if all(part.is_cuda for part in parts) and not (torch.compiler.is_compiling() or torch.is_grad_enabled()):
-        wide = torch.float64 if any(part.dtype == torch.float64 for part in parts) else torch.float32
-        return together(torch._foreach_norm(parts, 2, dtype=wide)).to(dtype).square()
-    return together([_square(part, dtype) for part in parts])
+    norms: dict[int, Tensor] = {}
+    if not (torch.compiler.is_compiling() or torch.is_grad_enabled()):
+        many = [i for i, part in enumerate(parts) if part.is_cuda or (part.is_cpu and part.numel() <= _ROWS * _ROW)]
+        if many:
+            wide = torch.float64 if any(parts[i].dtype == torch.float64 for i in many) else torch.float32
+            norms = dict(zip(many, torch._foreach_norm([parts[i] for i in many], 2, dtype=wide), strict=True))
+    found = [norms[i] if i in norms else _norm(part) for i, part in enumerate(parts)]
+    place = found[0].device
+    same = all(x.dtype == dtype and x.device == place for x in found)
+    return torch.stack(found if same else [x.to(place, dtype) for x in found]).square()
 
 
-def together(scalars: Sequence[Tensor]) -> Tensor:
-    """0-d tensors as one tensor, on the device of the first."""
-    return torch.stack([x.to(scalars[0].device) for x in scalars])
-
-
-def _square(part: Tensor, dtype: torch.dtype) -> Tensor:
+def _norm(part: Tensor) -> Tensor:
     wide = torch.promote_types(part.dtype, torch.float32)
-    if not part.is_cpu or torch.compiler.is_compiling():
-        norm: Tensor = torch.linalg.vector_norm(part, dtype=wide)
-        return norm.to(dtype).square()
-    # On a CPU one running sum loses 7e-4 of the sum of ten million entries; a sum for each row does not, at that speed.
-    flat = part.reshape(-1)
-    end = flat.numel() // _ROW * _ROW
-    rows: Tensor = torch.linalg.vector_norm(flat[:end].view(-1, _ROW), dim=1, dtype=wide)
-    rest: Tensor = torch.linalg.vector_norm(flat[end:], dtype=wide)
-    return rows.square().sum(dtype=dtype) + rest.to(dtype).square()
+    norm: Tensor
+    if part.is_cpu and part.numel() > _ROWS * _ROW and not torch.compiler.is_compiling():
+        # One running sum loses 7e-4 of the sum of ten million entries; a sum for each row does not, at that speed.
+        flat = part.reshape(-1)
+        end = flat.numel() // _ROW * _ROW
+        norm = torch.linalg.vector_norm(flat[:end].view(-1, _ROW), dim=1, dtype=wide)
+        part = torch.cat([norm, flat[end:].to(wide)])
+    norm = torch.linalg.vector_norm(part, dtype=wide)
+    return norm
 
 
 def whole(values: Tensor, tensors: Sequence[Any], *, each: bool) -> Tensor:

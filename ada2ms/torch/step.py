@@ -12,7 +12,7 @@ from ada2ms.core.hyperparameters import check, value_at
 from ada2ms.torch import fused
 from ada2ms.torch.functional import Options, Scalar, _multi_tensor_ada2ms, _single_tensor_ada2ms, correction
 from ada2ms.torch.fused import _fused_ada2ms
-from ada2ms.torch.reduction import among, entries, local, squares, whole, writable
+from ada2ms.torch.reduction import among, entries, is_plain, local, squares, whole, writable
 
 
 @dataclass
@@ -27,6 +27,7 @@ class Batch:
     steps: list[Tensor] = field(default_factory=list)
     global_exp_avg_sqs: list[Tensor] = field(default_factory=list)  # one; with scope "tensor" one per tensor
     counts: list[Tensor] = field(default_factory=list)  # k, and the skipped steps
+    plain: bool = False  # whether all are whole, and real
     fused: bool = False  # whether this step is by the fused kernel
 
 
@@ -48,7 +49,9 @@ def ada2ms(
     if not params and shard_group is None:
         return
     for batch in batches:
-        batch.grads = [local(g, p) for g, p in zip(batch.grads, batch.params, strict=True)]
+        batch.plain = not torch.compiler.is_compiling() and all(map(is_plain, batch.params))
+        if not batch.plain:
+            batch.grads = [local(g, p) for g, p in zip(batch.grads, batch.params, strict=True)]
         batch.fused = bool(batch.group["fused"]) and not torch.compiler.is_compiling() and fused.supports(batch.grads)
         if grad_scale is not None and not batch.fused:
             batch.grads = [
@@ -96,7 +99,7 @@ def ada2ms(
 
 def _squares(batches: Sequence[Batch], grad_scale: Tensor | None, dtype: torch.dtype) -> Tensor:
     """sum(g*g) of each gradient of all groups."""
-    found = []
+    found: list[Tensor] = []
     for batch in batches:
         if batch.grads:
             x = fused.squares(batch.grads, grad_scale) if batch.fused else squares(batch.grads, dtype)
@@ -126,8 +129,12 @@ def _update(batch: Batch, means: Sequence[Tensor], live: Tensor | None, grad_sca
     adaptivity = scalar(value_at(group["adaptivity"], int(k.item()) if on_host else k.to(dtype)))
     if callable(group["adaptivity"]) and not isinstance(adaptivity, Tensor):
         check("adaptivity", adaptivity, schedule=False)
-    for count in (k, *batch.steps):
-        writable(count).add_(1 if live is None else live.to(count.device))
+    counts = [k, *batch.steps]
+    if live is None and not torch.compiler.is_compiling():
+        torch._foreach_add_(counts, 1)
+    else:
+        for count in counts:
+            writable(count).add_(1 if live is None else live.to(count.device))
     weight2 = 1 - beta2
     if live is not None:  # a step that is skipped: no learning rate, and no weight to this gradient
         lr, weight2 = lr * live.to(dtype), weight2 * live.to(dtype)
@@ -159,7 +166,8 @@ def _update(batch: Batch, means: Sequence[Tensor], live: Tensor | None, grad_sca
         live,
         grad_scale if batch.fused else None,
     )
-    params, exp_avgs, exp_avg_sqs = ([local(x) for x in xs] for xs in (batch.params, batch.exp_avgs, batch.exp_avg_sqs))
+    tensors = [batch.params, batch.exp_avgs, batch.exp_avg_sqs]
+    params, exp_avgs, exp_avg_sqs = tensors if batch.plain else [[local(x) for x in xs] for xs in tensors]
     if batch.fused:
         _fused_ada2ms(params, batch.grads, exp_avgs, exp_avg_sqs, batch.steps, s_hats, options)
         return
