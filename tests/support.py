@@ -285,6 +285,7 @@ REPLAYS: dict[str, Replay] = {
     "numpy": replay_numpy,
     "torch-forloop": torch_replay(foreach=False),
     "torch-foreach": torch_replay(foreach=True),
+    "torch-fused": torch_replay(fused=True),
     "jax-eager": jax_replay(jit=False),
     "jax-jit": jax_replay(jit=True),
     "keras": replay_keras,

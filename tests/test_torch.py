@@ -17,6 +17,7 @@ SHAPES = [(3, 4), (), (5,), (0,), (2, 1500)]
 IMPLEMENTATIONS = [
     pytest.param({"foreach": False}, id="for-loop"),
     pytest.param({"foreach": True}, id="foreach"),
+    pytest.param({"fused": True}, id="fused"),
     pytest.param({"foreach": False, "capturable": True}, id="for-loop capturable"),
     pytest.param({"foreach": True, "capturable": True}, id="foreach capturable"),
 ]
@@ -96,10 +97,10 @@ def test_adaptivity_1_is_adamw(dtype: torch.dtype, maximize: bool, options: dict
 def test_half_precision_has_float32_state() -> None:
     """A 16-bit parameter takes the float32 step from its own value, rounded once; even where g*g overflows 16 bits."""
     for dtype in (torch.bfloat16, torch.float16):
-        for options in ({"foreach": False}, {"foreach": True}):
+        for options in ({"foreach": False}, {"foreach": True}, {"fused": True}):
             p, q = (nn.Parameter(torch.linspace(-3, 3, 8, dtype=dtype)) for _ in range(2))
             wide = nn.Parameter(torch.empty(8))
-            narrow, reference = Ada2MS([p], lr=0.1, **options), Ada2MS([wide], lr=0.1)
+            narrow, reference = Ada2MS([p], lr=0.1, **options), Ada2MS([wide], lr=0.1, **options)
             for step in range(5):
                 p.grad = 300 * random((8,), step).to(dtype)
                 wide.grad = p.grad.float()
@@ -215,7 +216,7 @@ def test_s_has_the_precision_of_the_widest_parameter() -> None:
     assert [g["global_exp_avg_sq"].dtype for g in optimizer.param_groups] == [torch.float64] * 2
 
 
-@pytest.mark.parametrize("n", [1023, 1024, 1025, 3_000_001])
+@pytest.mark.parametrize("n", [1023, 1024, 1025, 16 * 1024, 16 * 1024 + 1, 3_000_001])
 def test_sum_of_squares_of_many(n: int) -> None:
     """To float32's precision, whatever the number of entries: one running sum would be off by 1e-4 at three million."""
     p = nn.Parameter(torch.zeros(n))
@@ -423,7 +424,7 @@ def test_grad_scaler_around_the_step() -> None:
 def test_grad_scaler_inside_the_step(capturable: bool) -> None:
     """With fused, the step gets scale and verdict; s is of the unscaled gradients, and does not move where it skips."""
     params, plain = parameters(dtype=torch.float32), parameters(dtype=torch.float32)
-    scaled, reference = Ada2MS(params, lr=0.1, fused=True, capturable=capturable), Ada2MS(plain, lr=0.1)
+    scaled, reference = Ada2MS(params, lr=0.1, fused=True, capturable=capturable), Ada2MS(plain, lr=0.1, fused=True)
     assert scaled._step_supports_amp_scaling
     train_scaled(params, scaled)
     for step in (0, 2):

@@ -30,16 +30,17 @@ def compare(device: str) -> None:
     from ada2ms.torch.fused_cuda import _fused_ada2ms
 
     dtypes = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
-    for dtype, a, eps in product(dtypes, [0.0, 0.3, 0.5, 1.0], [1e-8, 0.0]):
+    for dtype, a, eps in product(dtypes, [0.0, 0.3, 0.5, 1.0, torch.tensor(0.7)], [1e-8, 0.0]):
         wide = torch.promote_types(dtype, torch.float32)
         p, g = tensors(dtype, 0, device), tensors(dtype, 1, device)
         m, v = (
             [torch.empty_like(y, dtype=wide).copy_(x) for x, y in zip(tensors(wide, s, device), p, strict=True)]
             for s in (2, 3)
         )
-        v = [x.square() * 1e-20 for x in v]
-        for x in (*m, *v, *g):
-            x.flatten()[:2].zero_()
+        for x, y, z, sign in zip(v, m, g, p, strict=True):
+            x.square_()
+            for tensor in (x, y, z):
+                tensor.mul_(sign > 0)  # where nothing has moved yet
         t = [torch.tensor(float(i + 1), device=device) for i in range(len(p))]
         s_hat = [torch.tensor(0.3, dtype=torch.float64, device=device)] * len(p)
         common: dict[str, Any] = {

@@ -34,23 +34,24 @@ inline To bits(From x) {
   return y;
 }
 
-// x^h for x >= 0 and h in (0, 0.5]: two float32 epsilons at most, whatever the size of x.
-inline float power(float x, float h) {
+// x^(coarse + fine), for x >= 0 and an exponent in (0, 0.5], of which `coarse` is a multiple of 2^-17 and `fine` the
+// rest: two float32 epsilons at most, whatever the size of x.
+inline float power(float x, float coarse, float fine) {
   const bool subnormal = x < 0x1p-126f;
   const int32_t i = bits<int32_t>(subnormal ? x * 0x1p24f : x);
   // x = 2^e * (1 + t), with 1 + t between the roots of 1/2 and 2
   const int32_t whole = (i - 0x3f3504f3) >> 23;
   const float t = bits<float>(i - (whole << 23)) - 1;
   const float e = static_cast<float>(subnormal ? whole - 24 : whole);
-  // h*log2(x) = n + r, with n whole. Polynomials through Chebyshev's nodes, by Estrin's scheme: log2(1 + t) = t * q(t),
+  // (coarse + fine)*log2(x) = n + r, with n whole. Polynomials through Chebyshev's nodes, by Estrin's scheme, give
+  // log2(1 + t) = t * q(t), for t as above, and 2^r, for r in [-0.5, 0.5].
   const float t2 = t * t;
   const float q = (1.44269502f + -0.721352935f * t) + (0.480916709f + -0.360225171f * t) * t2 +
       ((0.287288874f + -0.249271825f * t) + (0.232652575f + -0.14275974f * t) * t2) * (t2 * t2);
-  const float upper = bits<float>(bits<int32_t>(h) & -256);  // of h: times e it is exact, and so is that less n
-  const float log = (h - upper) * e + h * t * q;
-  const float magic = (upper * e + log) + 0x1.8p23f;  // has n in its lowest bits, which go into the exponent's
-  const float r = (upper * e - (magic - 0x1.8p23f)) + log;
-  const float r2 = r * r;  // and 2^r
+  const float log = fine * e + (coarse + fine) * t * q;
+  const float magic = (coarse * e + log) + 0x1.8p23f;  // has n in its lowest bits, which go into the exponent's
+  const float r = (coarse * e - (magic - 0x1.8p23f)) + log;  // coarse * e is exact, and so is that less n
+  const float r2 = r * r;
   const float two_to_r = (1.00000012f + 0.693147182f * r) +
       ((0.240221068f + 0.0555035695f * r) + (0.00967603177f + 0.00133908633f * r) * r2) * r2;
   const float two_to_n = bits<float>((bits<int32_t>(magic) + 127) << 23);
@@ -58,7 +59,7 @@ inline float power(float x, float h) {
   return x > 0 && x < std::numeric_limits<float>::infinity() ? result : x;  // 0, infinity and NaN are their own powers
 }
 
-inline double power(double x, double h) { return std::pow(x, h); }
+inline double power(double x, double coarse, double fine) { return std::pow(x, coarse + fine); }
 
 enum class Root { kNone, kSquare, kFourth, kPower };
 
@@ -71,12 +72,12 @@ Root root_of(double adaptivity) {
 
 template <typename W>
 struct Scalars {
-  W unscale, beta1, weight1, beta2, weight2, exponent, factor, eps, decay, step_size;
+  W unscale, beta1, weight1, beta2, weight2, coarse, fine, factor, eps, decay, step_size;
 
   template <typename To>
   Scalars<To> as() const {
     return {To(unscale), To(beta1), To(weight1), To(beta2), To(weight2),
-            To(exponent), To(factor), To(eps), To(decay), To(step_size)};
+            To(coarse), To(fine), To(factor), To(eps), To(decay), To(step_size)};
   }
 };
 
@@ -90,7 +91,7 @@ void update(int64_t n, W* __restrict p, const W* __restrict g, W* __restrict m, 
     if constexpr (root == Root::kNone) d = c.factor + c.eps;
     else if constexpr (root == Root::kSquare) d = c.factor * std::sqrt(v_new) + c.eps;
     else if constexpr (root == Root::kFourth) d = c.factor * std::sqrt(std::sqrt(v_new)) + c.eps;
-    else d = c.factor * power(v_new, c.exponent) + c.eps;
+    else d = c.factor * power(v_new, c.coarse, c.fine) + c.eps;
     d = d == 0 ? std::numeric_limits<W>::infinity() : d;  // only without eps: where nothing has moved, no update
     m[i] = m_new;
     v[i] = v_new;
@@ -188,8 +189,9 @@ void step(TensorList params, TensorList grads, TensorList exp_avgs, TensorList e
     }
     return y.data_ptr();
   };
+  const double h = adaptivity / 2, coarse = std::round(h * 0x1p17) * 0x1p-17;
   Scalars<double> scalars{unscale, beta1, 1 - beta1, beta2, 1 - beta2,
-                          adaptivity / 2, 0, eps, 1 - lr * weight_decay, 0};
+                          coarse, h - coarse, 0, eps, 1 - lr * weight_decay, 0};
   const Root root = root_of(adaptivity);
   double last_t = -1, last_s = 0;
   for (size_t i = 0; i < params.size(); ++i) {
@@ -197,7 +199,6 @@ void step(TensorList params, TensorList grads, TensorList exp_avgs, TensorList e
     const double t = count(steps[i]), s_hat = s_hats[s_hats.size() == 1 ? 0 : i];
     if (t != last_t || s_hat != last_s) {
       last_t = t, last_s = s_hat;
-      const double h = adaptivity / 2;
       scalars.factor = (adaptivity == 1 ? 1 : std::pow(s_hat, 0.5 - h)) / std::pow(correction(beta2, t), h);
       scalars.step_size = lr / correction(beta1, t);
     }

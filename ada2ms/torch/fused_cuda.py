@@ -16,27 +16,26 @@ _BLOCK = 1024
 
 
 @triton.jit  # type: ignore[untyped-decorator,unused-ignore]
-def _power(x, h):  # type: ignore[no-untyped-def]
-    """x^h in float32, for x >= 0 and h in (0, 0.5]; to some epsilons, where exp2(h*log2(x)) loses log2(x) as many."""
+def _power(x, coarse, fine):  # type: ignore[no-untyped-def]
+    """x^(coarse + fine) in float32, to some epsilons; as in fused.cpp, but for the device's own log2 and exp2."""
     subnormal = x < 1.1754943508222875e-38
     bits = tl.where(subnormal, x * 16777216.0, x).to(tl.int32, bitcast=True)
-    # x = 2^e * y, with y between the roots of 1/2 and 2;   h*log2(x) = n + r, with n whole
+    # x = 2^e * y, with y between the roots of 1/2 and 2;   (coarse + fine)*log2(x) = n + r, with n whole
     whole = (bits - 0x3F3504F3) >> 23
     y = (bits - (whole << 23)).to(tl.float32, bitcast=True)
     e = tl.where(subnormal, whole - 24, whole).to(tl.float32)
-    upper = (h.to(tl.int32, bitcast=True) & -256).to(tl.float32, bitcast=True)  # times e it is exact
-    rest = (h - upper) * e + h * tl.log2(y)
-    n = tl.floor(upper * e + rest + 0.5)
+    rest = fine * e + (coarse + fine) * tl.log2(y)
+    n = tl.floor(coarse * e + rest + 0.5)
     two_to_n = ((n.to(tl.int32) + 127) << 23).to(tl.float32, bitcast=True)
-    result = tl.exp2((upper * e - n) + rest) * two_to_n
+    result = tl.exp2((coarse * e - n) + rest) * two_to_n
     return tl.where((x > 0) & (x < float("inf")), result, x)
 
 
 @triton.jit  # type: ignore[untyped-decorator,unused-ignore]
-def _root(v, exponent, ROOT: tl.constexpr, DOUBLE: tl.constexpr):  # type: ignore[no-untyped-def]  # noqa: N803
+def _root(v, coarse, fine, ROOT: tl.constexpr, DOUBLE: tl.constexpr):  # type: ignore[no-untyped-def]  # noqa: N803
     """The power of v; its square root where ROOT is 1, the root of that where it is 2."""
     if ROOT == 3:
-        v = tl.exp2(exponent * tl.log2(v)) if DOUBLE else _power(v, exponent)
+        v = tl.exp2((coarse + fine) * tl.log2(v)) if DOUBLE else _power(v, coarse, fine)
     else:
         for _ in tl.static_range(ROOT):
             v = tl.sqrt(v) if DOUBLE else tl.sqrt_rn(v)  # the other one is approximate in float32
@@ -49,8 +48,9 @@ def _update(p_ptr, g_ptr, m_ptr, v_ptr, numbers, n, ROOT: tl.constexpr, DOUBLE: 
     unscale, live = tl.load(numbers), tl.load(numbers + 1)
     beta1, weight1 = tl.load(numbers + 2), tl.load(numbers + 3)
     beta2, weight2 = tl.load(numbers + 4), tl.load(numbers + 5)
-    exponent, factor, eps = tl.load(numbers + 6), tl.load(numbers + 7), tl.load(numbers + 8)
-    decay, step_size = tl.load(numbers + 9), tl.load(numbers + 10)
+    coarse, fine = tl.load(numbers + 6), tl.load(numbers + 7)
+    factor, eps = tl.load(numbers + 8), tl.load(numbers + 9)
+    decay, step_size = tl.load(numbers + 10), tl.load(numbers + 11)
     i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     mask = i < n * live.to(tl.int64)  # 0 of them in a step that is skipped
     m, v = tl.load(m_ptr + i, mask=mask, other=0.0), tl.load(v_ptr + i, mask=mask, other=0.0)
@@ -60,7 +60,7 @@ def _update(p_ptr, g_ptr, m_ptr, v_ptr, numbers, n, ROOT: tl.constexpr, DOUBLE: 
     v = beta2 * v + weight2 * g * g
     update = m
     if ROOT != 0:
-        d = factor * _root(v, exponent, ROOT, DOUBLE) + eps
+        d = factor * _root(v, coarse, fine, ROOT, DOUBLE) + eps
         update = m / tl.where(d == 0, float("inf"), d)  # 0 only without eps: nothing has moved yet
     p = decay * p - step_size * update
     tl.store(m_ptr + i, m, mask=mask)
@@ -111,6 +111,8 @@ def _numbers(steps: Sequence[Tensor], s_hats: Sequence[Scalar], o: Options, devi
     s_hat = column(s_hats[0]) if same else torch.cat([column(s)[:1] for s in s_hats])
     step_size, factor, eps = scalars(t, s_hat, device, torch.float64, o)
     unscale = column(1.0) if o.grad_scale is None else 1 / column(o.grad_scale)
+    exponent = column(o.adaptivity) / 2
+    coarse = (exponent * 2**17).round() / 2**17  # times an exponent it is exact in float32
     columns = (
         -unscale if o.maximize else unscale,
         1.0 if o.live is None else o.live,
@@ -118,7 +120,8 @@ def _numbers(steps: Sequence[Tensor], s_hats: Sequence[Scalar], o: Options, devi
         1 - o.beta1,
         o.beta2,
         1 - o.beta2,
-        o.adaptivity / 2,
+        coarse,
+        exponent - coarse,
         0.0 if factor is None else factor,
         eps,
         1 - o.lr * o.weight_decay,
