@@ -15,6 +15,7 @@ from torch import Tensor
 from ada2ms.core import spec
 
 Scalar = float | Tensor
+_SMALLEST = {dtype: torch.finfo(dtype).tiny for dtype in (torch.float32, torch.float64)}  # finfo itself is slow
 T = TypeVar("T")
 
 
@@ -74,7 +75,7 @@ def scalars(t: Scalar, s_hat: Scalar, device: torch.device, dtype: torch.dtype, 
 
 def _without_zeros(d: Any, eps: float, dtype: torch.dtype) -> Any:
     """`d` with infinity for 0, which too small an eps leaves where nothing has moved yet: no update there."""
-    smallest = torch.finfo(dtype).tiny
+    smallest = _SMALLEST[dtype]
     if eps >= smallest:
         return d
     return torch.where(d == 0, math.inf, d) if isinstance(d, Tensor) else d if d >= smallest else math.inf
@@ -255,10 +256,9 @@ def _each(function: Callable[..., T], *lists: Sequence[Any]) -> list[T]:
     known: dict[Any, T] = {}
     results = []
     for arguments in zip(*lists, strict=True):
-        key = tuple(id(x) if isinstance(x, Tensor) else x for x in arguments)
-        if key not in known:
-            known[key] = function(*arguments)
-        results.append(known[key])
+        if arguments not in known:  # of tensors, the hash is that of the object
+            known[arguments] = function(*arguments)
+        results.append(known[arguments])
     return results
 
 

@@ -44,7 +44,7 @@ def library() -> Any:
 
 
 def _build() -> Any:
-    """Compiles and loads fused.cpp. Not for "-march=native": a cache may be shared by machines that differ."""
+    """Compiles and loads fused.cpp; for named instructions, since machines that differ may share torch's cache."""
     from torch.utils import cpp_extension
 
     source = Path(__file__).with_name("fused.cpp")
