@@ -310,3 +310,13 @@ def test_processes_that_start_together(tmp_path: Path) -> None:
     later = subprocess.run(start, env=environment, stdout=subprocess.PIPE, text=True, check=True)
     assert float(later.stdout) < min(times) / 2
     assert len(list(tmp_path.rglob("*.so"))) == 1
+
+
+@pytest.mark.slow
+def test_the_benchmark_runs() -> None:
+    script = Path(__file__).parents[1] / "benchmarks" / "torch_step.py"
+    start = [sys.executable, "-W", "error", str(script), "--smoke"]
+    environment = {**os.environ, "PYTHONPATH": ":".join(sys.path)}
+    done = subprocess.run(start, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("Ada2MS 0.5, fused") == 3
