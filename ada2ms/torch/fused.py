@@ -56,7 +56,7 @@ def _build() -> Any:
             flags += _FLAGS.get(torch.backends.cpu.get_cpu_capability(), [])
         if sys.platform == "linux":
             flags.append("-fopenmp")  # of which torch brings the library
-    content = source.read_bytes() + repr((flags, torch.__version__)).encode()
+    content = source.read_bytes() + repr((str(source), flags, torch.__version__)).encode()
     cpp_extension.load(
         f"ada2ms_{hashlib.sha256(content).hexdigest()[:16]}",  # the cache itself compares but times of files
         [str(source)],
