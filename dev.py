@@ -48,6 +48,7 @@ def run(*command: str, keras_backend: str = "tensorflow") -> bool:
     """Runs a module of the environment; whether it succeeded."""
     print(f"\n=== KERAS_BACKEND={keras_backend} python -m {' '.join(command)}", flush=True)
     environment = {**os.environ, "KERAS_BACKEND": keras_backend, "TF_CPP_MIN_LOG_LEVEL": "2"}
+    environment["PATH"] = os.pathsep.join([str(PYTHON.parent), environment.get("PATH", "")])  # for ninja
     start = time.monotonic()
     code = subprocess.run([PYTHON, "-m", *command], cwd=ROOT, env=environment).returncode
     print(

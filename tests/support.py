@@ -1,5 +1,6 @@
 """Every backend behind one face: replays golden cases, and compares what came of them."""
 
+import shutil
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -14,6 +15,11 @@ from ada2ms.core import golden
 
 Array = NDArray[Any]
 EPSILON = {dtype: float(np.finfo(dtype).eps) for dtype in ("float32", "float64")}
+
+
+needs_compiler = pytest.mark.skipif(
+    shutil.which("c++") is None or shutil.which("ninja") is None, reason="there is no C++ compiler, or no ninja"
+)
 
 
 @dataclass

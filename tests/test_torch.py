@@ -11,13 +11,13 @@ from torch import Tensor, nn
 
 from ada2ms import core
 from ada2ms.torch import Ada2MS
-from support import place, require_device
+from support import needs_compiler, place, require_device
 
 SHAPES = [(3, 4), (), (5,), (0,), (2, 1500)]
 IMPLEMENTATIONS = [
     pytest.param({"foreach": False}, id="for-loop"),
     pytest.param({"foreach": True}, id="foreach"),
-    pytest.param({"fused": True}, id="fused"),
+    pytest.param({"fused": True}, id="fused", marks=needs_compiler),
     pytest.param({"foreach": False, "capturable": True}, id="for-loop capturable"),
     pytest.param({"foreach": True, "capturable": True}, id="foreach capturable"),
 ]
@@ -94,6 +94,7 @@ def test_adaptivity_1_is_adamw(dtype: torch.dtype, maximize: bool, options: dict
         assert p.numel() == 0 or (p - q).abs().max() <= 20 * torch.finfo(dtype).eps * q.abs().max()
 
 
+@needs_compiler
 def test_half_precision_has_float32_state() -> None:
     """A 16-bit parameter takes the float32 step from its own value, rounded once; even where g*g overflows 16 bits."""
     for dtype in (torch.bfloat16, torch.float16):
@@ -420,6 +421,7 @@ def test_grad_scaler_around_the_step() -> None:
     assert_same(params, plain, 0)
 
 
+@needs_compiler
 @pytest.mark.parametrize("capturable", [False, True])
 def test_grad_scaler_inside_the_step(capturable: bool) -> None:
     """With fused, the step gets scale and verdict; s is of the unscaled gradients, and does not move where it skips."""

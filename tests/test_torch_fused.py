@@ -19,11 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from ada2ms import core
 from ada2ms.torch import Ada2MS, fused
-from support import EPSILON
-
-needs_compiler = pytest.mark.skipif(
-    shutil.which("c++") is None or shutil.which("ninja") is None, reason="there is no C++ compiler, or no ninja"
-)
+from support import EPSILON, needs_compiler
 
 
 def randn(shape: Any, seed: int, dtype: torch.dtype = torch.float64) -> Tensor:

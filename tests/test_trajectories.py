@@ -15,7 +15,7 @@ from ada2ms.core import golden
 from ada2ms.demo import digits
 from ada2ms.demo.digits import Array
 from ada2ms.demo.run import deviation
-from support import EPSILON, REPLAYS, check, place, settings
+from support import EPSILON, REPLAYS, check, needs_compiler, place, settings
 
 CASES = golden.load()
 DEVICES = ["cpu", pytest.param("gpu", marks=pytest.mark.gpu)]
@@ -26,6 +26,8 @@ def marked(*names: str) -> Any:
     marks = [pytest.mark.keras] if any("keras" in name for name in names) else []
     if "jax-eager" in names:  # the code that jax-jit compiles, which takes long uncompiled
         marks.append(pytest.mark.slow)
+    if "torch-fused" in names:
+        marks.append(needs_compiler)
     return pytest.param(*names, marks=marks)
 
 
