@@ -1,7 +1,7 @@
 """Ada2MS: one rule, three frameworks, one trajectory.
 
     from ada2ms.torch import Ada2MS       torch.optim.Optimizer
-    from ada2ms.tf import Ada2MS          keras.optimizers.Optimizer, on every Keras backend
+    from ada2ms.tf import Ada2MS          keras.optimizers.Optimizer, on every Keras backend; or from ada2ms.keras
     from ada2ms.jax import ada2ms         optax.GradientTransformation
     from ada2ms.core import Ada2MS        NumPy: the specification
 
@@ -12,9 +12,9 @@ import importlib
 from types import ModuleType
 
 __version__ = "0.1.0"
-__all__ = ["__version__", "core", "jax", "tf", "torch"]
+__all__ = ["__version__", "core", "jax", "keras", "tf", "torch"]
 
-_BACKENDS = ("core", "jax", "tf", "torch")
+_BACKENDS = ("core", "jax", "keras", "tf", "torch")
 
 
 def __getattr__(name: str) -> ModuleType:

@@ -10,6 +10,7 @@ import argparse
 import statistics
 import time
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import keras
@@ -50,11 +51,16 @@ def stepper(optimizer: Any, shapes: list[tuple[int, ...]], xla: bool) -> Callabl
     elif backend == "jax":
         import jax
 
-        update = jax.jit(optimizer.stateless_apply, donate_argnums=(0, 2))
-        state = [[v.value for v in optimizer.variables], [v.value for v in variables]]
+        # Arguments in the order of results, as Keras' trainer has them: JAX gives the first result the first buffer
+        # of its shape, and would copy every moment if that were a variable's.
+        @partial(jax.jit, donate_argnums=(0, 1))
+        def update(values: Any, state: Any, gradients: Any) -> Any:
+            return optimizer.stateless_apply(state, gradients, values)
+
+        state = [[v.value for v in variables], [v.value for v in optimizer.variables]]
 
         def step() -> None:
-            state[1], state[0] = update(state[0], gradients, state[1])
+            state[:] = update(*state, gradients)
             jax.block_until_ready(state)
 
     else:

@@ -1,5 +1,6 @@
 """The Keras optimizer in Keras' own training loop, and what is saved in the middle of it."""
 
+import pickle
 from typing import Any
 
 import keras
@@ -23,6 +24,9 @@ WAYS: dict[str, dict[str, Any]] = {
     "jax": {"eager": {"run_eagerly": True}, "xla": {"jit_compile": True}},
     "torch": {"eager": {"jit_compile": False}},
 }[BACKEND]
+# What takes long, and other tests come close to; on backends other than TensorFlow by test_keras_backends.py.
+slow = pytest.mark.slow
+EACH_WAY = [pytest.param(way, marks=[slow] if (BACKEND, way) == ("jax", "eager") else []) for way in WAYS]
 
 
 def network(policy: Any = None) -> Any:
@@ -71,7 +75,7 @@ def state(model: Any) -> list[Any]:
     return [*model.get_weights(), *(np.array(ops.convert_to_numpy(v)) for v in model.optimizer.variables)]
 
 
-@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("way", EACH_WAY)
 def test_fit_follows_the_rule(way: str) -> None:
     adaptivity = core.Cosine(1.0, 0.0, steps=6)
     model = fitted(Ada2MS(0.01, adaptivity=adaptivity), **WAYS[way])
@@ -95,7 +99,7 @@ def test_a_learning_rate_schedule() -> None:
     assert_close(model.get_weights(), by_core(8, lr=lambda k: 0.02 * (1 - k / 10)))
 
 
-@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("way", EACH_WAY)
 def test_a_bad_batch_is_skipped(way: str) -> None:
     model = network()
     model.compile(optimizer=Ada2MS(0.01, nonfinite="skip"), loss="mse", **WAYS[way])
@@ -108,7 +112,9 @@ def test_a_bad_batch_is_skipped(way: str) -> None:
     assert_close(model.get_weights(), by_core(3, lr=0.01))
 
 
-@pytest.mark.parametrize("policy", ["mixed_float16", "mixed_bfloat16", "float16", "bfloat16"])
+@pytest.mark.parametrize(
+    "policy", ["mixed_float16", *(pytest.param(p, marks=slow) for p in ("mixed_bfloat16", "float16", "bfloat16"))]
+)
 def test_16_bit_policies(policy: str) -> None:
     model = fitted(Ada2MS(0.01), policy, epochs=4)
     assert model.history_["loss"][-1] < model.history_["loss"][0]
@@ -125,6 +131,7 @@ def test_loss_scale_optimizer() -> None:
     assert_close(model.get_weights(), by_core(8, lr=0.01))
 
 
+@slow
 def test_accumulation() -> None:
     model = fitted(Ada2MS(0.01, gradient_accumulation_steps=2), epochs=1)
     halves = network()
@@ -134,12 +141,31 @@ def test_accumulation() -> None:
     assert_close(model.get_weights(), halves.get_weights())
 
 
+@slow
 def test_moving_averages_of_the_weights() -> None:
     model = fitted(Ada2MS(0.01, use_ema=True, ema_momentum=0.5), epochs=1)
     averages = by_core(1, lr=0.01)
     for steps in (2, 3, 4):
         averages = [0.5 * a + 0.5 * w for a, w in zip(averages, by_core(steps, lr=0.01), strict=True)]
     assert_close(model.get_weights(), averages)
+
+
+@slow
+def test_weights_overwritten_by_their_averages() -> None:
+    options = {"use_ema": True, "ema_momentum": 0.5, "ema_overwrite_frequency": 2}
+    model, by_hand = network(), network()
+    model.compile(optimizer=Ada2MS(0.01, **options), loss="mse")
+    by_hand.compile(optimizer=Ada2MS(0.01), loss="mse")
+    averages: list[Any] = []
+    for i in range(5):
+        batch = X[8 * i % 32 :][:8], Y[8 * i % 32 :][:8]
+        model.train_on_batch(*batch)
+        by_hand.train_on_batch(*batch)
+        weights = by_hand.get_weights()
+        averages = [(a + w) / 2 for a, w in zip(averages or weights, weights, strict=True)]
+        if i % 2:
+            by_hand.set_weights(averages)
+        assert_close(model.get_weights(), by_hand.get_weights())
 
 
 def text_classifier() -> Any:
@@ -150,7 +176,10 @@ def text_classifier() -> Any:
 
 @pytest.mark.parametrize(
     ("way", "arguments"),
-    [*((way, {}) for way in WAYS), *((min(WAYS), x) for x in ({"loss_scale_factor": 8.0}, {"global_clipnorm": 0.1}))],
+    [
+        *(pytest.param(way, {}, marks=slow if way != max(WAYS) else []) for way in WAYS),
+        *(pytest.param(max(WAYS), x, marks=slow) for x in ({"loss_scale_factor": 8.0}, {"global_clipnorm": 0.1})),
+    ],
 )
 def test_an_embedding_of_repeated_tokens(way: str, arguments: Any) -> None:
     tokens = np.random.default_rng(0).integers(0, 5, (32, 7)).astype("int32")
@@ -208,11 +237,12 @@ def test_callbacks_that_change_the_learning_rate() -> None:
     assert float(ops.convert_to_numpy(model.optimizer.learning_rate)) == pytest.approx(0.005 / 4)
 
 
-@pytest.mark.parametrize("wrap", [lambda x: x, lambda x: keras.optimizers.LossScaleOptimizer(x, initial_scale=1.0)])
-def test_the_logger(wrap: Any) -> None:
+@pytest.mark.parametrize("wrapped", [False, pytest.param(True, marks=slow)])
+def test_the_logger(wrapped: bool) -> None:
     model = network()
     optimizer = Ada2MS(0.01, adaptivity=core.Linear(1.0, 0.0, steps=16), epsilon=0.5)
-    model.compile(optimizer=wrap(optimizer), loss="mse")
+    scaled = keras.optimizers.LossScaleOptimizer(optimizer, initial_scale=1.0)
+    model.compile(optimizer=scaled if wrapped else optimizer, loss="mse")
     history = train(model, callbacks=[Ada2MSLogger()])
     assert history["adaptivity"] == pytest.approx([0.75, 0.5])
     squares = [np.array(ops.convert_to_numpy(v)) for v in optimizer._velocities]
@@ -232,12 +262,18 @@ def test_the_logger_of_tensors_and_of_another_optimizer() -> None:
 # Saving
 
 
-@pytest.mark.parametrize("scope", ["model", "tensor"])
-def test_a_saved_model_continues_exactly(scope: Any, tmp_path: Any) -> None:
+@pytest.mark.parametrize(
+    ("scope", "how"),
+    [("model", "saved"), *(pytest.param(*x, marks=slow) for x in (("tensor", "saved"), ("model", "pickled")))],
+)
+def test_a_saved_model_continues_exactly(scope: Any, how: str, tmp_path: Any) -> None:
     optimizer = Ada2MS(0.01, adaptivity=core.Linear(1.0, 0.0, steps=12), scope=scope, nonfinite="skip")
     model = fitted(optimizer, epochs=1)
-    model.save(tmp_path / "model.keras")
-    loaded = keras.saving.load_model(tmp_path / "model.keras")
+    if how == "pickled":
+        loaded = pickle.loads(pickle.dumps(model))
+    else:
+        model.save(tmp_path / "model.keras")
+        loaded = keras.saving.load_model(tmp_path / "model.keras")
     assert isinstance(loaded.optimizer, Ada2MS)
     assert loaded.optimizer.get_config() == optimizer.get_config()
     assert_equal(state(loaded), state(model))
@@ -246,6 +282,7 @@ def test_a_saved_model_continues_exactly(scope: Any, tmp_path: Any) -> None:
     assert_equal(state(loaded), state(model))
 
 
+@slow
 def test_16_bit_models_keep_their_state(tmp_path: Any) -> None:
     model = fitted(Ada2MS(0.01), "bfloat16", epochs=1)
     model.save(tmp_path / "model.keras")
@@ -255,6 +292,7 @@ def test_16_bit_models_keep_their_state(tmp_path: Any) -> None:
     assert_equal(state(loaded), state(model))
 
 
+@slow
 def test_weights_alone(tmp_path: Any) -> None:
     model = fitted(Ada2MS(0.01), epochs=1)
     model.save_weights(tmp_path / "model.weights.h5")
@@ -263,6 +301,7 @@ def test_weights_alone(tmp_path: Any) -> None:
     assert_equal(state(other), state(model))
 
 
+@slow
 def test_an_interrupted_fit_is_taken_up(tmp_path: Any) -> None:
     class Interruption(keras.callbacks.Callback):  # type: ignore[misc]
         def on_epoch_begin(self, epoch: int, logs: Any = None) -> None:

@@ -15,14 +15,20 @@ from ada2ms.core.hyperparameters import DEFAULT_NONFINITE, DEFAULT_SCOPE, DEFAUL
 Tensor = Any  # of whichever backend Keras runs on
 Variable = Any  # a keras.Variable, or the backend's own
 
+_SMALL_EPSILON = 1e-18  # what is smaller may be lost beside a global second moment, of at most 3e38, which leaves 0/0
+
 
 class Step(NamedTuple):
-    """What a step computes once for all variables."""
+    """What a step computes once for all variables; lists have an entry for each variable of the optimizer."""
 
     finite: Tensor | None  # whether the step counts; None: it always does
+    weights: Sequence[Tensor | float]  # b1, 1 - b1, b2, 1 - b2; 1, 0, 1, 0 in a step that does not count
     adaptivity: Tensor | float
-    momentum_correction: Tensor  # 1 - b1^t, for each variable
-    scale: Tensor  # what all entries of a variable have in common in v_hat^(a/2) * s_hat^((1-a)/2), for each variable
+    decay: Tensor  # 1 - lr * weight_decay
+    # With c for what all entries of a variable have in common in v_hat^(a/2) * s_hat^((1-a)/2), so that d is
+    # c * (v^(a/2) + epsilon/c):
+    sizes: list[Tensor]  # lr / (1 - b1^t) / c
+    epsilons: list[Tensor]  # epsilon / c
 
 
 @keras.saving.register_keras_serializable(package="ada2ms")
@@ -65,9 +71,14 @@ class Ada2MS(keras.optimizers.Optimizer):  # type: ignore[misc]
         TypeError, ValueError: naming the argument, its value and what is allowed.
 
     Example:
+    >>> import keras
+    >>> from ada2ms.core import Linear
+    >>> from ada2ms.tf import Ada2MS
     >>> variable = keras.Variable([1.0, 2.0])
-    >>> optimizer = Ada2MS(learning_rate=0.1, adaptivity=ada2ms.core.Linear(1.0, 0.0, steps=1000))
+    >>> optimizer = Ada2MS(learning_rate=0.1, adaptivity=Linear(1.0, 0.0, steps=1000))
     >>> optimizer.apply([keras.ops.convert_to_tensor([0.1, -0.3])], [variable])
+    >>> print(keras.ops.convert_to_numpy(variable).round(3))
+    [0.899 2.098]
 
     State is kept in `variables`, and saved and restored with them: `momentum` and `velocity` of each variable's shape,
     `steps` (how often each variable has been updated: one whose gradient is None keeps its state and its count),
@@ -144,6 +155,7 @@ class Ada2MS(keras.optimizers.Optimizer):  # type: ignore[misc]
             return self.add_variable(shape, dtype=dtype, aggregation="only_first_replica", name=name)
 
         n = len(variables)
+        self._entries = tuple(math.prod(v.shape) for v in variables)
         dtypes = {_precision(v.dtype) for v in variables}
         self._dtype = "float64" if "float64" in dtypes else "float32"
         self._global_velocity = add("global_velocity", self._dtype, () if self.scope == "model" else (n,))
@@ -159,87 +171,137 @@ class Ada2MS(keras.optimizers.Optimizer):  # type: ignore[misc]
         """
         super().apply([None if g is None else _dense(g) for g in grads], trainable_variables)
 
-    def update_step(self, gradient: Tensor, variable: Variable, learning_rate: Tensor, step: Step) -> None:
+    def update_step(self, gradient: Tensor, variable: Variable, step: Step) -> None:
         """The rule, for one variable."""
         i = self._get_variable_index(variable)
         dtype = _precision(variable.dtype)
         g, theta = ops.cast(gradient, dtype), ops.cast(variable, dtype)
         m, v = ops.convert_to_tensor(self._momentums[i]), ops.convert_to_tensor(self._velocities[i])
-        lr, b1, b2 = ops.cast(learning_rate, dtype), self.beta_1, self.beta_2
-        wd = (self.weight_decay or 0.0) if self._use_weight_decay(self._trainable_variables[i]) else 0.0
-        a = step.adaptivity if isinstance(step.adaptivity, float) else ops.cast(step.adaptivity, dtype)
-        scale, momentum_correction = ops.cast(step.scale[i], dtype), ops.cast(step.momentum_correction[i], dtype)
+        b1, w1, b2, w2, a = (_cast(x, dtype) for x in (*step.weights, step.adaptivity))
+        if step.finite is not None:
+            g = ops.where(step.finite, g, 0.0)
 
-        m = b1 * m + (1 - b1) * g
-        v = b2 * v + (1 - b2) * ops.square(g)
-        d = _power(v, a / 2) * scale + self.epsilon
-        if self.epsilon < np.finfo(dtype).tiny:  # where nothing has moved yet, the update is 0
+        m = b1 * m + w1 * g
+        # JAX would store g*g, had this and the sum of squares that in common. TensorFlow would regroup the other
+        # product, but not on every device, and copies of a variable would part.
+        v = b2 * v + ((w2 * g) * g if keras.backend.backend() == "jax" else w2 * ops.square(g))
+        d = _power(v, a / 2) + _cast(step.epsilons[i], dtype)
+        if self.epsilon < _SMALL_EPSILON:  # where nothing has moved yet, the update is 0
             d = ops.where(d == 0, math.inf, d)
-        theta = theta * (1 - lr * wd) - (lr / momentum_correction) / d * m
+        if self._decays(i):
+            theta = theta * _cast(step.decay, dtype)
+        theta = theta - _cast(step.sizes[i], dtype) / d * m
 
-        self._assign(self._momentums[i], m, step)
-        self._assign(self._velocities[i], v, step)
-        self._assign(variable, ops.cast(theta, variable.dtype), step)
+        self.assign(self._momentums[i], m)
+        self.assign(self._velocities[i], v)
+        self.assign(variable, ops.cast(theta, variable.dtype))
 
-    def _squares(self, gradients: list[Tensor]) -> list[Tensor]:
-        return [ops.sum(ops.square(ops.cast(g, self._dtype))) for g in gradients]
+    def _decays(self, i: int) -> bool:
+        return bool(self.weight_decay) and self._use_weight_decay(self._trainable_variables[i])
+
+    def _squares(self, gradients: list[Tensor]) -> tuple[Tensor, Tensor]:
+        """sum(g*g) of each, in one vector, and of all."""
+        if keras.backend.backend() == "torch":
+            from ada2ms.tf import _torch
+
+            squares = _torch.squares(gradients, self._dtype)
+        elif keras.backend.backend() == "tensorflow":
+            import tensorflow as tf
+
+            squares = 2 * ops.stack([tf.nn.l2_loss(ops.cast(g, self._dtype)) for g in gradients])  # stores no g*g
+        else:
+            squares = ops.stack([ops.sum(ops.square(ops.cast(g, self._dtype))) for g in gradients])
+        return squares, ops.sum(squares)
 
     def _update(
-        self, gradients: list[Tensor], variables: list[Variable], learning_rate: Tensor, squares: list[Tensor]
+        self, gradients: list[Tensor], variables: list[Variable], learning_rate: Tensor, squares: Tensor, total: Tensor
     ) -> None:
-        step = self._begin_step([self._get_variable_index(v) for v in variables], squares)
-        for g, v in zip(gradients, variables, strict=True):
-            self.update_step(g, v, learning_rate, step)
+        indices = [self._get_variable_index(v) for v in variables]
+        step = self._begin_step(indices, squares, total, learning_rate)
+        if keras.backend.backend() != "torch":
+            for g, v in zip(gradients, variables, strict=True):
+                self.update_step(g, v, step)
+            return
+        from ada2ms.tf import _torch
 
-    def _begin_step(self, indices: list[int], squares: list[Tensor]) -> Step:
-        """Moves the counts and the global second moment, given which variables have a gradient, and its sum(g*g)."""
-        total = sum(squares[1:], squares[0])
+        if step.finite is None or step.finite:
+            _torch.update(
+                [v.value for v in variables],
+                gradients,
+                [self._momentums[i].value for i in indices],
+                [self._velocities[i].value for i in indices],
+                [step.sizes[i] for i in indices],
+                [step.epsilons[i] for i in indices],
+                [self._decays(i) for i in indices],
+                step.decay,
+                beta_1=self.beta_1,
+                beta_2=self.beta_2,
+                guarded=self.epsilon < _SMALL_EPSILON,
+                adaptivity=step.adaptivity,
+            )
+
+    def _begin_step(self, indices: list[int], squares: Tensor, total: Tensor, learning_rate: Tensor) -> Step:
+        """Moves the counts and the global second moment, given which variables have a gradient, and sum(g*g)."""
+        n = len(self._trainable_variables)
+        present = np.zeros(n, bool)
+        present[indices] = True
         finite = ops.isfinite(total) if self.nonfinite == "skip" else None
 
+        def kept(new: Tensor, old: Any) -> Tensor:
+            """The new value, or, in a step that is skipped, the old one."""
+            return new if finite is None else ops.where(finite, new, old)
+
         # Schedules are given the count before this step.
-        adaptivity = value_at(self.adaptivity, ops.cast(self._global_step, self._dtype))
-        if not isinstance(adaptivity, float):
-            adaptivity = ops.cast(adaptivity, self._dtype)
+        a = value_at(self.adaptivity, ops.cast(self._global_step, self._dtype))
+        a = a if isinstance(a, float) else ops.cast(a, self._dtype)
 
-        present = np.zeros(len(self._trainable_variables), bool)
-        present[indices] = True
-        k, t = ops.convert_to_tensor(self._global_step) + 1, ops.convert_to_tensor(self._steps)
-        t = t + ops.convert_to_tensor(present.astype("int32"), t.dtype)
-        sizes = [math.prod(self._trainable_variables[i].shape) for i in range(len(present))]
+        k, t = ops.convert_to_tensor(self._global_step), ops.convert_to_tensor(self._steps)
+        new_k, new_t = k + 1, t + ops.convert_to_tensor(present.astype("int32"), t.dtype)
+        counted = ops.maximum(new_t, 1)  # a variable without any update yet has nothing to correct
 
-        s, b2 = ops.convert_to_tensor(self._global_velocity), self.beta_2
-        counted = ops.maximum(t, 1)  # a variable without any update yet has nothing to correct
+        s, b1, b2 = ops.convert_to_tensor(self._global_velocity), self.beta_1, self.beta_2
         if self.scope == "model":
-            entries = sum(sizes[i] for i in indices)
-            s = b2 * s + (1 - b2) * (total / max(entries, 1))
-            s_hat = s / self._correction(b2, k)
+            new_s = b2 * s + total * ((1 - b2) / max(sum(self._entries[i] for i in indices), 1))
+            s_hat = new_s / self._correction(b2, new_k)
         else:
-            means = dict(zip(indices, squares, strict=True))
-            zero = ops.zeros((), self._dtype)
-            mean = ops.stack([means.get(i, zero) / max(size, 1) for i, size in enumerate(sizes)])
-            s = ops.where(ops.convert_to_tensor(present), b2 * s + (1 - b2) * mean, s)
-            s_hat = s / self._correction(b2, counted)
+            means = squares * ops.convert_to_tensor(
+                ((1 - b2) / np.maximum(self._entries, 1)[indices]).astype(self._dtype)
+            )
+            if len(indices) < n:
+                means = ops.scatter(ops.convert_to_tensor(np.array(indices)[:, None]), means, (n,))
+            new_s = ops.where(ops.convert_to_tensor(present), b2 * s + means, s)
+            s_hat = new_s / self._correction(b2, counted)
 
-        a = adaptivity
-        scale = s_hat ** ((1 - a) / 2) / self._correction(b2, counted) ** (a / 2)
-        step = Step(finite, adaptivity, self._correction(self.beta_1, counted), scale)
-        self._assign(self._global_velocity, s, step)
-        self._assign(self._global_step, k, step)
-        self._assign(self._steps, t, step)
+        weights: Sequence[Tensor | float] = (b1, 1 - b1, b2, 1 - b2)
         if finite is not None:
-            skipped = ops.convert_to_tensor(self._skipped)
-            self.assign(self._skipped, ops.where(finite, skipped, skipped + 1))
+            old = ops.convert_to_tensor([1.0, 0.0, 1.0, 0.0], self._dtype)
+            weights = ops.unstack(kept(ops.convert_to_tensor(weights, self._dtype), old), 4)
+        lr = ops.cast(learning_rate, self._dtype)
+        c = s_hat ** ((1 - a) / 2) / self._correction(b2, counted) ** (a / 2)
+        still = c == 0  # no gradient has been other than 0, or all squares were lost, and epsilon is all of d
+        c = ops.where(still, float(np.finfo(self._dtype).tiny) ** 0.5, c)
+        sizes = lr / self._correction(b1, counted) / c
+        if self.epsilon < _SMALL_EPSILON:
+            sizes = ops.where(still, 0, sizes)
+        step = Step(
+            finite,
+            weights,
+            adaptivity=a,
+            decay=kept(1 - lr * (self.weight_decay or 0.0), 1),
+            sizes=ops.unstack(kept(sizes, 0), n),
+            epsilons=ops.unstack(kept(self.epsilon / c, 1), n),
+        )
+        self.assign(self._global_velocity, kept(new_s, s))
+        self.assign(self._global_step, kept(new_k, k))
+        self.assign(self._steps, kept(new_t, t))
+        if finite is not None:
+            self.assign_add(self._skipped, ops.cast(ops.logical_not(finite), self._skipped.dtype))
         return step
 
     def _correction(self, beta: float, count: Tensor) -> Tensor:
         """1 - beta**count, without the cancellation that costs 1 - beta**count its digits."""
         count = ops.cast(count, self._dtype)
         return -ops.expm1(count * math.log(beta)) if beta else ops.ones_like(count)
-
-    def _assign(self, variable: Variable, value: Tensor, step: Step) -> None:
-        if step.finite is not None:
-            value = ops.where(step.finite, value, ops.convert_to_tensor(variable))
-        self.assign(variable, value)
 
     # The one place that is not Keras' public API. What is global must be computed after clipping, accumulation and
     # unscaling, once per step, and with TensorFlow's distribution strategies from the gradients summed over replicas.
@@ -252,7 +314,7 @@ class Ada2MS(keras.optimizers.Optimizer):  # type: ignore[misc]
         if keras.backend.backend() == "tensorflow":
             super()._backend_update_step(grads, trainable_variables, learning_rate)
         else:
-            self._update(grads, trainable_variables, learning_rate, self._squares(grads))
+            self._update(grads, trainable_variables, learning_rate, *self._squares(grads))
 
     def _distributed_tf_update_step(
         self, distribution: Any, grads_and_vars: list[tuple[Tensor, Variable]], learning_rate: Tensor
@@ -263,11 +325,22 @@ class Ada2MS(keras.optimizers.Optimizer):  # type: ignore[misc]
         grads, variables = zip(*grads_and_vars, strict=True)
         # Sums are taken once: each replica's own might differ in the last digit, and replicas drift apart.
         squares = self._squares([distribution.experimental_local_results(g)[0] for g in grads])
-        args = (list(grads), list(variables), learning_rate, squares)  # of which each replica is given its own
+        args = (list(grads), list(variables), learning_rate, *squares)  # of which each replica is given its own
         distribution.extended.update(self._global_velocity.value, update, args=args, group=False)
 
     def _apply_weight_decay(self, variables: list[Variable]) -> None:
         """Does nothing: decay is part of `update_step`, in its precision, and skipped with it."""
+
+    def stateless_apply(
+        self, optimizer_variables: list[Tensor], grads: list[Tensor], trainable_variables: list[Tensor]
+    ) -> tuple[list[Tensor], list[Tensor]]:
+        """As in every Keras optimizer. On torch, where updates are made in place, the tensors given are left alone."""
+        if keras.backend.backend() == "torch":
+            optimizer_variables = [x.detach().clone() for x in optimizer_variables]
+            trainable_variables = [x.detach().clone() for x in trainable_variables]
+        updated: tuple[list[Tensor], list[Tensor]]
+        updated = super().stateless_apply(optimizer_variables, grads, trainable_variables)
+        return updated
 
     def exclude_from_weight_decay(
         self, var_list: list[Variable] | None = None, var_names: list[str] | None = None
@@ -334,8 +407,15 @@ def _precision(dtype: Any) -> str:
     return "float64" if keras.backend.standardize_dtype(dtype) == "float64" else "float32"
 
 
+def _cast(x: Tensor | float, dtype: str) -> Tensor | float:
+    """A float stays one, which `_power` may know how to raise to, and does not widen tensors."""
+    return x if isinstance(x, float) else ops.cast(x, dtype)
+
+
 def _dense(gradient: Tensor) -> Tensor:
     """A dense gradient, in at least float32; repeated rows of a sparse one are summed."""
+    if str(gradient.dtype) in ("torch.float32", "torch.float64"):
+        return gradient  # what follows would change nothing, slowly
     if hasattr(gradient, "dense_shape"):  # tf.IndexedSlices, which keras.ops would take for a tensor of its rows
         import tensorflow as tf
 
@@ -347,8 +427,7 @@ def _dense(gradient: Tensor) -> Tensor:
 def _power(x: Tensor, exponent: Tensor | float) -> Tensor:
     """x**exponent for x >= 0 and exponents in [0, 0.5], several times faster than ops.power."""
     if not isinstance(exponent, float):
-        logarithm = ops.where(x == 0, -1e30, ops.log(x))  # finite: 0**0 = 1
-        return ops.exp(exponent * logarithm)
+        return ops.exp(exponent * ops.maximum(ops.log(x), -1e30))  # finite: 0**0 = 1
     if exponent == 0.0:  # adaptivity 0
         return 1.0
     if exponent == 0.25:  # adaptivity 0.5

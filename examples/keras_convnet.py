@@ -1,0 +1,47 @@
+"""A small convnet on handwritten digits, by `model.fit`, on whichever backend Keras runs.
+
+    KERAS_BACKEND=jax python examples/keras_convnet.py
+
+Prints the adaptivity after each epoch, and the accuracy on digits that were not trained on. Needs scikit-learn, which
+the digits come with.
+"""
+
+import keras
+from sklearn.datasets import load_digits
+from sklearn.model_selection import train_test_split
+
+from ada2ms.core import Cosine
+from ada2ms.keras import Ada2MS, Ada2MSLogger
+
+EPOCHS, BATCH = 8, 32
+
+
+def main() -> None:
+    keras.utils.set_random_seed(0)
+    digits = load_digits()
+    images = digits.images[..., None].astype("float32") / 16
+    x, x_test, y, y_test = train_test_split(images, digits.target, test_size=0.2, random_state=0)
+
+    model = keras.Sequential(
+        [
+            keras.Input((8, 8, 1)),
+            keras.layers.Conv2D(16, 3, padding="same", activation="relu"),
+            keras.layers.MaxPooling2D(),
+            keras.layers.Conv2D(32, 3, padding="same", activation="relu"),
+            keras.layers.Flatten(),
+            keras.layers.Dense(10),
+        ]
+    )
+    # From AdamW to momentum SGD in the course of the training. Biases are not decayed.
+    optimizer = Ada2MS(learning_rate=2e-3, adaptivity=Cosine(1.0, 0.0, steps=EPOCHS * len(x) // BATCH))
+    optimizer.exclude_from_weight_decay(var_names=["bias"])
+    loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
+    model.compile(optimizer=optimizer, loss=loss, metrics=["accuracy"])
+    history = model.fit(x, y, batch_size=BATCH, epochs=EPOCHS, verbose=0, callbacks=[Ada2MSLogger()]).history
+    print("adaptivity:", " ".join(f"{a:.2f}" for a in history["adaptivity"]))
+    _, accuracy = model.evaluate(x_test, y_test, verbose=0)
+    print(f"{keras.backend.backend()}: accuracy {accuracy:.3f}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,435 @@
+"""What Keras documents of its optimizers, seen in keras.optimizers.AdamW and in Ada2MS side by side.
+
+Keras' own tests are in none of its wheels from 3.5 to 3.15; these are checks of the same behaviours, and of some more,
+which neither know nor care what an update is. What AdamW fails is marked with the cause.
+"""
+
+import json
+import pickle
+from collections.abc import Callable
+from typing import Any
+
+import keras
+import numpy as np
+import pytest
+from keras import ops
+from keras_support import BACKEND, apply, assert_close, needs_sparse_gradients, numpy, only_on_tensorflow
+
+from ada2ms.tf import Ada2MS
+
+pytestmark = pytest.mark.keras
+
+START = np.array([[1.0, 2.0], [3.0, 4.0]], "float32")
+ONES = np.ones_like(START)
+UNEVEN = np.array([[3.0, -1.0], [0.5, 2.0]], "float32")
+Make = Callable[..., Any]
+
+
+@pytest.fixture(params=[keras.optimizers.AdamW, Ada2MS])
+def make(request: pytest.FixtureRequest) -> Make:
+    return lambda *args, **kwargs: request.param(*args, **({"learning_rate": 0.1} if not args else {}), **kwargs)
+
+
+def adamw_fails(request: pytest.FixtureRequest, cause: str) -> None:
+    """Expects the running test to fail for AdamW, and only for it."""
+    if "AdamW" in request.node.name:
+        request.applymarker(pytest.mark.xfail(strict=True, reason=f"Keras' AdamW: {cause}"))
+
+
+def variable(value: Any = START, **kwargs: Any) -> Any:
+    return keras.Variable(value, **kwargs)
+
+
+def after(optimizer: Any, *gradients: Any) -> Any:
+    """A variable's value after updates by these gradients."""
+    target = variable()
+    for g in gradients:
+        apply(optimizer, [g], [target])
+    return numpy(target)
+
+
+def slots(optimizer: Any, name: str) -> list[Any]:
+    return [numpy(v) for v in optimizer.variables if v.path.endswith(name)]
+
+
+# Calls, and what they refuse
+
+
+def test_every_call_counts(make: Make) -> None:
+    optimizer, target = make(), variable()
+    assert int(optimizer.iterations) == 0
+    optimizer.apply_gradients([(ops.convert_to_tensor(ONES), target)])
+    assert int(optimizer.iterations) == 1
+    apply(optimizer, [ONES], [target])
+    optimizer.apply([ops.convert_to_tensor(ONES)])  # of the variables it knows
+    assert int(optimizer.iterations) == 3
+    optimizer.apply([])  # nothing to do
+    assert int(optimizer.iterations) == 3
+
+
+def test_missing_gradients(make: Make) -> None:
+    with pytest.raises(ValueError, match="No gradients provided for any variable"):
+        make().apply([None], [variable()])
+    first, second = variable(), variable()
+    with pytest.warns(UserWarning, match="Gradients do not exist for variables"):
+        apply(make(), [None, ONES], [first, second])
+    assert np.array_equal(numpy(first), START)
+    assert not np.array_equal(numpy(second), START)
+
+
+def test_variables_that_the_optimizer_does_not_know(make: Make) -> None:
+    optimizer = make()
+    with pytest.raises(ValueError, match="must already be built"):
+        optimizer.apply([ops.convert_to_tensor(ONES)])
+    optimizer.build([variable()])
+    with pytest.raises(ValueError, match="Unknown variable"):
+        apply(optimizer, [ONES], [variable()])
+    with pytest.raises(ValueError, match="one-to-on"):
+        optimizer.apply([ops.convert_to_tensor(ONES)] * 2)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"clipnorm": 1.0, "clipvalue": 1.0}, "Only one of"),
+        ({"clipnorm": 1.0, "global_clipnorm": 1.0}, "Only one of"),
+        ({"gradient_accumulation_steps": 1}, "must be an integer >= 2"),
+        ({"use_ema": True, "ema_momentum": 1.5}, "ema_momentum"),
+        ({"use_ema": True, "ema_overwrite_frequency": -1}, "ema_overwrite_frequency"),
+        ({"momentum": 0.9}, "not recognized"),
+    ],
+)
+def test_bad_arguments(make: Make, arguments: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        make(**arguments)
+
+
+def test_the_old_decay_is_ignored(make: Make) -> None:
+    with pytest.warns(UserWarning, match="`decay` is no longer supported"):
+        make(decay=0.1)
+
+
+# The learning rate
+
+
+def test_a_learning_rate_is_set(make: Make) -> None:
+    expected = after(make(0.5), ONES)
+    optimizer = make(0.25)
+    optimizer.learning_rate = 0.5
+    assert float(numpy(optimizer.learning_rate)) == 0.5
+    assert_close([after(optimizer, ONES)], [expected])
+    assert_close([after(make(lambda: 0.5), ONES)], [expected])
+
+
+def test_a_whole_number_as_learning_rate(make: Make, request: pytest.FixtureRequest) -> None:
+    adamw_fails(request, "takes no int")
+    assert_close([after(make(1), ONES)], [after(make(1.0), ONES)])
+
+
+def test_a_learning_rate_schedule_counts_calls(make: Make) -> None:
+    schedule = keras.optimizers.schedules.PiecewiseConstantDecay([0, 1], [0.5, 0.25, 0.0])
+    by_hand, scheduled = make(0.5), make(schedule)
+    left, right = variable(), variable()
+    for rate in (0.5, 0.25, 0.0):
+        by_hand.learning_rate = rate
+        apply(by_hand, [UNEVEN], [left])
+        apply(scheduled, [UNEVEN], [right])
+    assert_close([numpy(left)], [numpy(right)])
+    with pytest.raises(TypeError, match="not settable"):
+        scheduled.learning_rate = 0.1
+    before = len(by_hand.variables)
+    by_hand.learning_rate = schedule  # and the number is no longer a variable
+    assert len(by_hand.variables) == before - 1
+
+
+# What is done to gradients first
+
+
+def test_clipping(make: Make) -> None:
+    """Of two variables, by hand: the same as clipped beforehand."""
+    gradients = [UNEVEN, 4 * ONES]
+    norms = [np.sqrt((g**2).sum()) for g in gradients]
+    globally = np.sqrt(sum(n**2 for n in norms))
+    cases: list[tuple[dict[str, float], list[Any]]] = [
+        ({"clipvalue": 0.75}, [np.clip(g, -0.75, 0.75) for g in gradients]),
+        ({"clipnorm": 2.0}, [g * min(1, 2 / n) for g, n in zip(gradients, norms, strict=True)]),
+        ({"global_clipnorm": 2.0}, [g * min(1, 2 / globally) for g in gradients]),
+        ({"global_clipnorm": 100.0}, gradients),
+    ]
+    for arguments, clipped in cases:
+        found = []
+        for optimizer, first in ((make(**arguments), gradients), (make(), clipped)):
+            targets = [variable(), variable()]
+            apply(optimizer, [np.asarray(g, "float32") for g in first], targets)
+            apply(optimizer, [0.01 * ONES, -0.01 * ONES], targets)  # too small to be clipped
+            found.append([numpy(v) for v in targets])
+        assert_close(*found)
+
+
+def test_a_loss_scale(make: Make) -> None:
+    optimizer = make(loss_scale_factor=1024.0)
+    assert float(optimizer.scale_loss(1.0)) == 1024.0
+    assert_close([after(optimizer, 1024 * UNEVEN, 1024 * ONES)], [after(make(), UNEVEN, ONES)])
+
+
+def test_accumulation(make: Make) -> None:
+    optimizer, target = make(gradient_accumulation_steps=3), variable()
+    for i, (g, accumulated) in enumerate([(ONES, ONES), (UNEVEN, ONES + UNEVEN), (ONES, 0 * ONES), (ONES, ONES)]):
+        apply(optimizer, [g], [target])
+        assert_close(slots(optimizer, "gradient_accumulator"), [accumulated])
+        assert (i < 2) == np.array_equal(numpy(target), START)
+        assert int(optimizer.iterations) == (i + 1) // 3
+    assert_close([numpy(target)], [after(make(), (2 * ONES + UNEVEN) / 3)])
+
+
+def test_loss_scale_optimizer(make: Make) -> None:
+    optimizer = keras.optimizers.LossScaleOptimizer(make(), initial_scale=4.0)
+    target = variable()
+    scales = []
+    for g in (4 * UNEVEN, np.inf * ONES, 2 * ONES, 2 * UNEVEN):  # scaled by 4, 4, 2 and 2
+        before = numpy(target)
+        if BACKEND == "jax":  # where Keras has it without state only
+            if not optimizer.built:
+                optimizer.build([target])
+            state = [v.value for v in optimizer.variables]
+            (value,), state = optimizer.stateless_apply(state, [ops.convert_to_tensor(g)], [target.value])
+            for v, x in zip([target, *optimizer.variables], [value, *state], strict=True):
+                v.assign(x)
+        else:
+            apply(optimizer, [g], [target])
+        assert np.isinf(g).any() == np.array_equal(numpy(target), before)
+        scales.append(float(numpy(optimizer.scale_loss(ops.convert_to_tensor(1.0)))))
+    assert scales == [4, 2, 2, 2]
+    assert_close([numpy(target)], [after(make(), UNEVEN, ONES, UNEVEN)])
+
+
+# What is done to variables besides
+
+
+def test_weight_decay(make: Make) -> None:
+    zeros = 0 * START
+    assert_close([after(make(weight_decay=0.5), zeros)], [START * (1 - 0.1 * 0.5)])
+    assert_close([after(make(weight_decay=0.0), zeros)], [START], rtol=0)
+    assert_close([after(make(weight_decay=0.0), ONES)], [after(make(weight_decay=1e-30), ONES)], rtol=0)
+
+
+@pytest.mark.parametrize("how", ["var_list", "var_names"])
+def test_exclusion_from_weight_decay(make: Make, how: str) -> None:
+    bias, kernel = variable(name="bias"), variable(name="kernel")
+    optimizer = make(weight_decay=0.5)
+    optimizer.exclude_from_weight_decay(**{how: [bias] if how == "var_list" else ["bias"]})
+    apply(optimizer, [0 * ONES, 0 * ONES], [bias, kernel])
+    assert_close([numpy(bias), numpy(kernel)], [START, START * 0.95])
+
+
+def test_averages_of_the_variables(make: Make) -> None:
+    gradients = [UNEVEN, ONES, -UNEVEN]
+    expected, averages = [], []
+    plain, optimizer = make(), make(use_ema=True, ema_momentum=0.75, ema_overwrite_frequency=3)
+    left, right = variable(), variable()
+    for i, g in enumerate(gradients):
+        apply(plain, [g], [left])
+        apply(optimizer, [g], [right])
+        expected.append(numpy(left))
+        averages.append(0.75 * averages[-1] + 0.25 * expected[-1] if averages else expected[-1])
+        assert_close(slots(optimizer, "average"), averages[-1:])
+        assert_close([numpy(right)], [averages[-1] if i == 2 else expected[-1]])  # overwritten the third time
+    again = make(use_ema=True, ema_momentum=0.75)
+    target = variable()
+    for g in gradients:
+        apply(again, [g], [target])
+    again.finalize_variable_values([target])
+    assert_close([numpy(target)], averages[-1:])
+
+
+def test_constraints(make: Make) -> None:
+    target = variable(-START)
+    target.constraint = keras.constraints.NonNeg()
+    apply(make(), [0 * ONES], [target])
+    assert (numpy(target) == 0).all()
+
+
+def test_overwriting_by_gradients(make: Make) -> None:
+    first, second = variable(), variable()
+    first.overwrite_with_gradient = True
+    apply(make(), [UNEVEN, UNEVEN], [first, second])
+    assert np.array_equal(numpy(first), UNEVEN)
+    assert_close([numpy(second)], [after(make(), UNEVEN)])
+
+
+def test_overwriting_by_accumulated_gradients(make: Make) -> None:
+    first, second = variable(), variable()
+    first.overwrite_with_gradient = True
+    optimizer = make(gradient_accumulation_steps=2)
+    for g in (ONES, 2 * ONES, ONES):
+        apply(optimizer, [g, g], [first, second])
+    assert np.array_equal(numpy(first), 2 * ONES)  # the larger of the two
+    assert_close([numpy(second)], [after(make(), 1.5 * ONES)])
+
+
+def test_bfloat16_variables_move(make: Make, request: pytest.FixtureRequest) -> None:
+    adamw_fails(request, "bfloat16(0.999) is 1, and so its bias correction 0")
+    target = variable(dtype="bfloat16")
+    make().apply([ops.cast(UNEVEN, "bfloat16")], [target])
+    moved = numpy(target) - START
+    assert np.isfinite(moved).all()
+    assert (np.sign(moved) == -np.sign(UNEVEN)).all()
+
+
+def sparse(rows: Any, indices: list[int]) -> Any:
+    if BACKEND == "tensorflow":
+        import tensorflow as tf
+
+        return tf.IndexedSlices(tf.constant(rows), tf.constant(indices), tf.constant(START.shape))
+    import jax.experimental.sparse
+
+    return jax.experimental.sparse.BCOO((rows, np.array(indices)[:, None]), shape=START.shape)
+
+
+@needs_sparse_gradients
+@pytest.mark.parametrize("indices", [[0, 1], [1, 1]])
+def test_sparse_gradients(make: Make, indices: list[int], request: pytest.FixtureRequest) -> None:
+    if indices == [1, 1] and BACKEND == "tensorflow":
+        adamw_fails(request, "squares repeated rows of a sparse gradient one by one")
+    dense = np.zeros_like(START)
+    np.add.at(dense, indices, UNEVEN)
+    assert_close([after(make(), sparse(UNEVEN, indices))], [after(make(), dense)])
+
+
+# State and configuration
+
+
+def test_state(make: Make) -> None:
+    first, second, target = make(), make(), variable()
+    apply(first, [UNEVEN], [target])
+    assert all(isinstance(v, keras.Variable) and not v.trainable for v in first.variables)
+    with pytest.raises(ValueError, match="not yet been built"):
+        second.set_weights(first.variables)
+    copy = variable(numpy(target))
+    second.build([copy])
+    with pytest.raises(ValueError, match="not compatible"):
+        second.set_weights([np.zeros(7)] * len(first.variables))
+    second.set_weights(first.variables)
+    for optimizer, v in ((first, target), (second, copy)):
+        apply(optimizer, [ONES], [v])
+    assert np.array_equal(numpy(copy), numpy(target))
+
+    store: dict[str, Any] = {}
+    first.save_own_variables(store)
+    third, other = make(), variable(numpy(target))
+    with pytest.warns(UserWarning, match="Skipping variable loading"):
+        third.load_own_variables(store)
+    third.build([other])
+    third.load_own_variables(store)
+    for optimizer, v in ((first, target), (third, other)):
+        apply(optimizer, [ONES], [v])
+    assert np.array_equal(numpy(other), numpy(target))
+
+
+def test_without_state(make: Make) -> None:
+    optimizer, target = make(), variable()
+    with pytest.raises(ValueError, match="not supported" if BACKEND == "tensorflow" else "must be built"):
+        optimizer.stateless_apply([], [], [])
+    if BACKEND == "tensorflow":
+        return
+    optimizer.build([target])
+    state, values = [v.value for v in optimizer.variables], [target.value]
+    with pytest.raises(ValueError, match="optimizer_variables"):
+        optimizer.stateless_apply(state[1:], [ops.convert_to_tensor(UNEVEN)], values)
+    with pytest.raises(ValueError, match="trainable variables"):
+        optimizer.stateless_apply(state, [ops.convert_to_tensor(UNEVEN)], [])
+    for g in (UNEVEN, ONES):
+        values, state = optimizer.stateless_apply(state, [ops.convert_to_tensor(g)], values)
+    assert_close([numpy(values[0])], [after(make(), UNEVEN, ONES)])
+
+
+def test_without_state_nothing_given_changes(make: Make, request: pytest.FixtureRequest) -> None:
+    if BACKEND == "tensorflow":
+        pytest.skip("Keras has no stateless_apply on TensorFlow")
+    if BACKEND == "torch":
+        adamw_fails(request, "writes to the tensors that it is given, on torch")
+    optimizer, target = make(), variable()
+    optimizer.build([target])
+    state = [v.value for v in optimizer.variables]
+    before = [numpy(x) for x in state]
+    optimizer.stateless_apply(state, [ops.convert_to_tensor(UNEVEN)], [target.value])
+    assert all(np.array_equal(numpy(x), old) for x, old in zip(state, before, strict=True))
+    assert np.array_equal(numpy(target), START)
+
+
+def test_configuration(make: Make) -> None:
+    schedule = keras.optimizers.schedules.ExponentialDecay(0.1, 10, 0.5)
+    given = make(schedule, weight_decay=0.3, beta_1=0.5, clipvalue=2.0, use_ema=True, name="mine")
+    config = json.loads(json.dumps(keras.optimizers.serialize(given)))
+    for restored in (
+        keras.optimizers.deserialize(config),
+        keras.optimizers.get(config),
+        type(given).from_config(given.get_config()),
+        pickle.loads(pickle.dumps(given)),
+    ):
+        assert type(restored) is type(given)
+        assert restored.get_config() == given.get_config()
+        assert restored.name == "mine"
+
+
+def test_by_name(make: Make) -> None:
+    optimizer = make()
+    assert keras.optimizers.get(optimizer) is optimizer
+    assert isinstance(
+        optimizer, keras.optimizers.get("adamw" if "Adam" in type(optimizer).__name__ else "ada2ms").__class__
+    )
+
+
+@only_on_tensorflow
+def test_variables_of_tensorflow_in_a_function(make: Make) -> None:
+    import tensorflow as tf
+
+    optimizer, target = make(), tf.Variable(START)
+    optimizer.build([target])
+    step = tf.function(lambda g: optimizer.apply([g], [target]))
+    for g in (UNEVEN, ONES):
+        step(tf.constant(g))
+    assert_close([target.numpy()], [after(make(), UNEVEN, ONES)])
+
+
+@only_on_tensorflow
+def test_a_tensorflow_checkpoint(make: Make, tmp_path: Any) -> None:
+    import tensorflow as tf
+
+    optimizer, target = make(), variable()
+    apply(optimizer, [UNEVEN], [target])
+    checkpoint = tf.train.Checkpoint(optimizer=optimizer, target=target.value)
+    path = checkpoint.save(str(tmp_path / "checkpoint"))
+    found = []
+    for _ in range(2):
+        checkpoint.restore(path).assert_existing_objects_matched()
+        apply(optimizer, [ONES], [target])
+        found.append(numpy(target))
+    assert np.array_equal(*found)
+
+
+# In a model
+
+
+def test_averages_in_fit(make: Make, request: pytest.FixtureRequest) -> None:
+    """After `fit` the model has the averages, also after a second one."""
+    if BACKEND == "jax":
+        reason = "Keras: a fit ends with variable and average in one buffer, which the next fit gives away twice"
+        request.applymarker(pytest.mark.xfail(strict=True, raises=TypeError, reason=reason))
+    layer = keras.layers.Dense(1, kernel_initializer="ones", use_bias=False)
+    model = keras.Sequential([keras.Input((2,)), layer])
+    model.compile(optimizer=make(use_ema=True, ema_momentum=0.5), loss="mse")
+    for _ in range(2):
+        model.fit(START, np.zeros((2, 1), "float32"), batch_size=1, verbose=0)
+        assert_close([numpy(layer.kernel)], slots(model.optimizer, "average"))
+
+
+def test_members_of_a_multi_optimizer(make: Make) -> None:
+    if not hasattr(keras.optimizers, "MultiOptimizer"):
+        pytest.skip("this Keras has no MultiOptimizer")
+    members = make(0.1), make(0.2)
+    optimizer = keras.optimizers.MultiOptimizer(lambda v: members[v.name == "second"])
+    first, second = variable(name="first"), variable(name="second")
+    optimizer.build([first, second])
+    apply(optimizer, [UNEVEN, ONES], [first, second])
+    assert_close([numpy(first), numpy(second)], [after(make(0.1), UNEVEN), after(make(0.2), ONES)])
