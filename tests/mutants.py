@@ -100,6 +100,7 @@ def _mutants() -> Iterator[Mutant]:
         near,
         (DENOMINATOR, "d = (v ** (a / 2) * s ** ((1 - a) / 2) + eps) / correction(b2, t) ** 0.5"),
     )
+    yield mutant("eps relative to the root", near, (DENOMINATOR, DENOMINATOR.replace(" + eps", " * (1 + eps)")))
     yield mutant("no eps", near, (DENOMINATOR, DENOMINATOR.removesuffix(" + eps")))
     yield mutant(
         "roots mixed arithmetically",
@@ -118,6 +119,11 @@ def _mutants() -> Iterator[Mutant]:
     )
     yield mutant("no root", "basics/adaptivity-0.5-model", (DENOMINATOR, "d = v_hat**a * s_hat ** (1 - a) + eps"))
     yield mutant("adaptivity ignored: AdamW", "basics/adaptivity-0.25-model", (DENOMINATOR, "d = v_hat**0.5 + eps"))
+    yield mutant(
+        "adaptivity kept from its ends",
+        "basics/adaptivity-0-model",
+        (DENOMINATOR, f"a = min(max(a, 0.01), 0.99)\n        {DENOMINATOR}"),
+    )
     yield mutant(
         "0**0 is NaN",
         "magnitudes/zeros-first-0-model",
@@ -141,6 +147,9 @@ def _mutants() -> Iterator[Mutant]:
         (THETA, "theta[...] = (theta - lr * m_hat / d) * (1 - lr * wd)"),
     )
     yield mutant("decay not scaled by lr", "basics/defaults-model", ("(1 - lr * wd)", "(1 - wd)"))
+    for count, when in (("group.global_step", "next"), ("0", "first")):  # the count has moved on by then
+        edit = ("(1 - lr * wd)", f"(1 - value_at(group.hyper.lr, {count}) * wd)")
+        yield mutant(f"decay by the {when} learning rate", "basics/lr-changing-model", edit)
     yield mutant("decay compounded", "basics/decay-large-model", ("(1 - lr * wd)", "math.exp(-lr * wd)"))
     yield mutant("no decay", "basics/decay-large-model", ("(1 - lr * wd)", "1"))
     yield mutant(
@@ -184,6 +193,11 @@ def _mutants() -> Iterator[Mutant]:
     )
     yield mutant(
         "s corrected by t", "missing/late-model", ("m_hat = m /", "s_hat = s / correction(b2, t)\n        m_hat = m /")
+    )
+    yield mutant(
+        "s corrected by the first tensor's t",
+        "missing/alternating-model",
+        (k, "correction(b2, max(group.step[0] + (gradients[0][0] is not None), 1))"),
     )
     yield mutant(
         "a tensor's s corrected by k", "missing/late-tensor", (t, "s_hat = s / correction(b2, group.global_step)")
@@ -253,11 +267,24 @@ def _mutants() -> Iterator[Mutant]:
         (S_MODEL, "s = group.global_exp_avg_sq[0] = mean_square"),
     )
     yield mutant(
+        "s of the step before",
+        "basics/defaults-model",
+        (S_MODEL, f"s = group.global_exp_avg_sq[0] or mean_square\n        {S_MODEL.removeprefix('s = ')}"),
+    )
+    yield mutant(
+        "an empty tensor as an entry", "shapes/mixed-model", (ENTRIES, ENTRIES.replace("p.size", "(p.size or 1)"))
+    )
+    yield mutant(
         "s not averaged",
         "basics/adaptivity-0.5-model",
         (S_MODEL, "s = group.global_exp_avg_sq[0] = mean_square"),
         (k, "1"),
     )
+
+    # Groups.
+    for name in ("lr", "b1", "b2", "eps", "weight_decay", "adaptivity"):
+        edit = (UPDATE_CALL, f"vars(group.hyper).update({name}=self.groups[0].hyper.{name})\n            {UPDATE_CALL}")
+        yield mutant(f"the first group's {name} for all", "groups/differing-model", edit)
 
     # Missing gradients.
     move_k = "for group in self.groups:\n                group.global_step += 1\n            return"
@@ -309,6 +336,14 @@ def _mutants() -> Iterator[Mutant]:
     yield mutant("zeros for what is not finite", "nonfinite/nan-model", (SKIPPED, zeroed))
     yield mutant("only the tensor is skipped", "nonfinite/nan-tensor", (SKIPPED, dropped))
     yield mutant("nothing is skipped", "nonfinite/nan-tensor", (SKIPPED, "self.skipped += 1"))
+    for test in ("isnan", "isinf"):
+        case = f"nonfinite/{'infinite' if test == 'isnan' else 'nan'}-model"
+        yield mutant(f"skipped by {test} alone", case, ("not math.isfinite(total)", f"math.{test}(total)"))
+    yield mutant(
+        "skipped without being asked",
+        "nonfinite/propagate-model",
+        ('self.nonfinite == "skip" and not math.isfinite', "not math.isfinite"),
+    )
     yield mutant("decay in skipped steps", "nonfinite/nan-model", (SKIPPED, decayed))
 
 

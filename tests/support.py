@@ -97,12 +97,18 @@ def check(case: golden.Case, actual: Iterator[Snapshot], dtype: str) -> None:
 
 
 def largest_difference(left: Array, right: Array) -> tuple[float, float]:
-    """The largest difference between entries and the largest entry of `right`; zeros for empty arrays."""
+    """The largest difference between entries and the largest entry of `right`; zeros for empty arrays.
+
+    A NaN is as far from a number as can be, and not at all from a NaN.
+    """
     if np.shape(left) != np.shape(right):
         raise AssertionError(f"shapes differ: {np.shape(left)} and {np.shape(right)}")
-    if not np.size(right):
-        return 0.0, 0.0
-    return float(np.max(np.abs(np.asarray(left, np.float64) - right))), float(np.max(np.abs(right)))
+    left, right = np.asarray(left, np.float64), np.asarray(right)
+    numbers = ~np.isnan(right)
+    if np.any(np.isnan(left) == numbers):
+        return np.inf, 0.0
+    left, right = left[numbers], right[numbers]
+    return float(np.max(np.abs(left - right), initial=0)), float(np.max(np.abs(right), initial=0))
 
 
 def hyperparameters(group: golden.CaseGroup) -> dict[str, Any]:

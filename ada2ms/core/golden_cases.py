@@ -31,6 +31,7 @@ NOTES: Final = {
     "missing": "tensors without a gradient in some steps: they and their state stay, and leave the mean for that step",
     "missing-all": "steps without any gradient change nothing: no count moves",
     "nonfinite": "steps with a gradient that is not finite, which change nothing but `skipped`, in either scope",
+    "propagate": "a NaN without the guard: through s it reaches every parameter that is updated",
     "scalar": "a tensor of rank 0",
     "schedule": "the adaptivity is a schedule of completed updates: a(0) is for the first",
     "sign": "gradients that change sign at every step",
@@ -116,7 +117,7 @@ def themes() -> dict[str, tuple[str, list[Data]]]:
         "shapes": ("Tensors of all shapes.", _shapes()),
         "groups": ("Parameter groups.", _groups()),
         "missing": ("Tensors without a gradient.", _missing()),
-        "nonfinite": ("Steps skipped because a gradient is not finite.", _nonfinite()),
+        "nonfinite": ("Gradients that are not finite.", _nonfinite()),
         "schedules": ("Schedules of the adaptivity and of the learning rate.", _schedules()),
         "long": ("A thousand steps.", _long()),
     }
@@ -329,6 +330,7 @@ def _nonfinite() -> list[Data]:
             **options,
         ),
         case("finite", "huge but finite: nothing is skipped", gradient=finite, flags="huge", **options),
+        *both("propagate", "NaN in one tensor, and no guard", gradient=nan, flags="propagate", record=(1, 3, 4, 5, 10)),
     ]
 
 

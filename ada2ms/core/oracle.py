@@ -131,6 +131,8 @@ def _record(group: _Group, scope: str) -> Data:
 
 def _double(x: Any) -> float:
     """The double nearest to x: the quotient of two integers is correctly rounded, whatever mpmath's own rounding."""
+    if x != x:  # NaN, which has no mantissa
+        return float("nan")
     mantissa, exponent = x.man_exp
     mantissa = -abs(int(mantissa)) if x < 0 else int(mantissa)  # versions of mpmath differ in whose the sign is
     return float(mantissa * 2**exponent) if exponent >= 0 else mantissa / 2**-exponent
