@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from itertools import permutations
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,9 @@ def test_all_frameworks_agree(tmp_path: Path, capsys: pytest.CaptureFixture[str]
     assert np.ptp(losses, axis=0).max() < 1e-4
     assert np.all(losses[:, -1] < losses[:, 0])
     assert 0 < max(found["from_each_other"]) <= found["bounds"]["from_each_other"]
+    others = [f["largest_deviation_from_others"] for f in found["frameworks"]]
+    assert max(others) == pytest.approx(max(found["from_each_other"]), rel=1e-3)  # whichever of two it is relative to
+    assert min(others) > 0
     assert (tmp_path / "trajectories.png").read_bytes()[:4] == b"\x89PNG"
 
 
@@ -48,9 +52,17 @@ def test_trajectories_that_part_fail(
 
 
 def test_a_nan_is_beyond_every_bound() -> None:
-    weights = [np.ones(2)]
-    parted = run.parted([run.Run("torch", "PyTorch", [1.0], [weights], [float("nan")], 1.0, 0.0)])
-    assert parted == ["PyTorch parts from the NumPy rule: step 1, deviation nan, bound 2.4e-06"]
+    """In whichever tensor, step and framework; for all of which the largest deviation is taken."""
+    weights = [np.ones(2), np.ones(2)]
+    steps = [weights, [np.ones(2), np.array([1, np.nan])]]
+    assert run.deviation(weights, steps[1]) == run.deviation(steps[1], weights) == np.inf
+    other = run.Run("jax", "JAX", [1.0] * 2, [weights] * 2, [0.0] * 2, 1.0, 0.0, [1])
+    strange = run.Run("torch", "PyTorch", [1.0] * 2, steps, [0.0, float("nan")], 1.0, 0.0, [1])
+    for runs in permutations((other, other, strange)):
+        assert run.parted(list(runs)) == [
+            "PyTorch parts from the NumPy rule: step 2, deviation nan, bound 2.9e-06",
+            "the frameworks part from each other: step 2, deviation inf, bound 6.1e-05",
+        ]
 
 
 def hide(monkeypatch: pytest.MonkeyPatch, *modules: str) -> None:

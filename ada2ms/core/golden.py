@@ -35,7 +35,7 @@ from ada2ms.core.schedules import AdaptivitySchedule, from_dict
 
 SCHEMA: Final = 1  # of the files
 SPEC: Final = 1  # of the rule: raised when its results change
-FLOOR: Final = 60  # fewer cases than this are an error: an empty run must not pass
+FLOOR: Final = 120  # fewer cases than this are an error: an empty run must not pass
 CHECKSUMS: Final = "SHA256SUMS"  # as written and read by sha256sum
 LIMIT: Final = 1_000_000  # bytes, all files together
 

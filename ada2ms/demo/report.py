@@ -6,12 +6,11 @@ from typing import Any
 import matplotlib
 from rich.table import Table
 
-from ada2ms.demo.run import Run, from_each_other, mutual_bound, parted, rule_bound
+from ada2ms.demo.run import Run, from_each_other, from_other, mutual_bound, parted, rule_bound
 
 
 def table(runs: list[Run]) -> Table:
     """One row per framework."""
-    mutual = max(from_each_other(runs))
     shown = Table(
         title="The same network, weights and batches in every framework",
         caption="loss: of the last batch; accuracy: on the test images; seconds: with compilation; from rule, from "
@@ -32,9 +31,13 @@ def table(runs: list[Run]) -> Table:
             f"{run.accuracy:.1%}",
             f"{run.seconds:.1f}",
             f"{max(run.from_rule):.1e}",
-            f"{mutual:.1e}" if len(runs) > 1 else "-",
+            f"{_from_others(run, runs):.1e}" if len(runs) > 1 else "-",
         )
     return shown
+
+
+def _from_others(run: Run, runs: list[Run]) -> float:
+    return max((max(from_other(run, other)) for other in runs if other is not run), default=0.0)
 
 
 def data(runs: list[Run]) -> dict[str, Any]:
@@ -53,6 +56,7 @@ def data(runs: list[Run]) -> dict[str, Any]:
                 "test_accuracy": run.accuracy,
                 "seconds": run.seconds,
                 "largest_deviation_from_rule": max(run.from_rule),
+                "largest_deviation_from_others": _from_others(run, runs),
                 "losses": run.losses,
                 "from_rule": run.from_rule,
             }
@@ -72,6 +76,11 @@ def picture(runs: list[Run], file: Path) -> None:
         style = {"color": f"C{i}", "linewidth": 2.0 * (len(runs) - i) ** 1.3, "solid_capstyle": "butt"}
         left.plot(steps, run.losses, label=run.title, **style)
         right.plot(steps, run.from_rule, label=f"{run.title} from the NumPy rule", color=f"C{i}", linewidth=1)
+    for run in runs:
+        for framework, start in zip(run.framework.split("->"), run.starts, strict=True):
+            if len(run.starts) > 1:  # where the training was handed over, and to which framework
+                left.axvline(start, color="gray", linewidth=0.8, zorder=0)
+                left.text(start, 0.01, f" {framework}", color="gray", transform=left.get_xaxis_transform())
     left.set(xlabel="step", ylabel="training loss", title="The same loss, drawn for every framework")
     if len(runs) > 1:
         right.plot(steps, from_each_other(runs), label="frameworks from each other", color="black", linewidth=1)

@@ -1,5 +1,6 @@
 """Trains the same network in several frameworks and measures how far the trajectories part."""
 
+import math
 import os
 import time
 from collections.abc import Callable, Iterable, Sequence
@@ -44,11 +45,15 @@ def mutual_bound(step: int) -> float:
 
 
 def deviation(left: list[Array], right: list[Array]) -> float:
-    """The largest difference of an entry, relative to the largest entry of its tensor; over all tensors."""
-    return max(
-        float(np.max(np.abs(a - b)) / np.max(np.abs(b))) if np.any(a != b) else 0.0
-        for a, b in zip(left, right, strict=True)
-    )
+    """The largest difference of an entry, relative to the largest entry of its tensor; over all tensors.
+
+    Infinite where there is a NaN, so that the largest of several deviations shows it.
+    """
+    found = [
+        np.max(np.abs(a - b)) / np.max(np.abs(b)) if np.any(a != b) else 0.0 for a, b in zip(left, right, strict=True)
+    ]
+    largest = float(np.max(found))
+    return math.inf if math.isnan(largest) else largest
 
 
 @dataclass
@@ -63,6 +68,7 @@ class Run:
         from_rule: deviation from the NumPy rule in float64, fed the same gradients.
         accuracy: fraction of the test images labelled rightly at the end.
         seconds: wall-clock time of the training steps, compilation included.
+        starts: the first step of each leg: 1, and those before which the training was handed over.
     """
 
     framework: str
@@ -72,6 +78,7 @@ class Run:
     from_rule: list[float]
     accuracy: float
     seconds: float
+    starts: list[int]
 
 
 def train(
@@ -96,15 +103,17 @@ def train(
     reference = [w.astype(np.float64) for w in weights]
     rule = core.Ada2MS(reference, lr=LEARNING_RATE, adaptivity=adaptivity)
     batches = iter(progress(data.batches(steps, seed)))
-    run, state, titles = Run("->".join(legs), "", [], [], [], 0.0, 0.0), None, []
+    run, state, titles = Run("->".join(legs), "", [], [], [], 0.0, 0.0, []), None, []
     for leg, framework in enumerate(legs):
         title, trainer, device = _TRAINERS[framework](weights, adaptivity)
         titles.append(title)
         with device:
             if state is not None:
                 trainer.import_state(state)
-            end = steps * (leg + 1) // len(legs)
-            for images, labels in islice(batches, end - len(run.losses)):
+            run.starts.append(len(run.losses) + 1)
+            last = leg + 1 == len(legs)  # which uses the batches up, so that the progress is shown to the end
+            share = None if last else steps * (leg + 1) // len(legs) - len(run.losses)
+            for images, labels in islice(batches, share):
                 start = time.perf_counter()
                 loss, gradients = trainer.step(images, labels)
                 run.seconds += time.perf_counter() - start
@@ -121,10 +130,13 @@ def train(
 
 def from_each_other(runs: list[Run]) -> list[float]:
     """For each step, the largest deviation between two of the runs; zeros for a single run."""
-    steps = range(len(runs[0].losses))
-    return [
-        max((deviation(a.parameters[i], b.parameters[i]) for a, b in combinations(runs, 2)), default=0.0) for i in steps
-    ]
+    pairs = [from_other(a, b) for a, b in combinations(runs, 2)]
+    return [max(at_step) for at_step in zip(*pairs, strict=True)] or [0.0] * len(runs[0].losses)
+
+
+def from_other(run: Run, other: Run) -> list[float]:
+    """For each step, the deviation between two runs."""
+    return [deviation(a, b) for a, b in zip(run.parameters, other.parameters, strict=True)]
 
 
 def parted(runs: list[Run]) -> list[str]:
@@ -167,7 +179,8 @@ def _torch(weights: list[Array], adaptivity: Scheduled) -> _Made:
 
 
 def _tf(weights: list[Array], adaptivity: Scheduled) -> _Made:
-    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")  # TensorFlow greets at length
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")  # TensorFlow greets at length,
+    os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")  # and warns that with these its sums change their order
     if "KERAS_BACKEND" not in os.environ and find_spec("tensorflow") is None:
         os.environ["KERAS_BACKEND"] = next(backend for backend in KERAS_BACKENDS if find_spec(backend))
     import keras
