@@ -7,7 +7,7 @@ goes: s = mean(v), of as many steps as any of its tensors has had.
 """
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, NamedTuple, TypedDict
@@ -215,14 +215,18 @@ class Fitted:
     report: Report
 
 
-def outward(entries: Mapping[str, Entry], names: Names, axes: Axes) -> tuple[dict[str, Entry], dict[str, str]]:
+def outward(
+    entries: Mapping[str, Entry], names: Names, axes: Axes, others: Collection[str] = ()
+) -> tuple[dict[str, Entry], dict[str, str]]:
     """Entries of a framework by the state's names and in its layout; and the state's name of each.
+
+    `others` are parameters of the model that are not in the optimizer: names and axes for them are passed over.
 
     Raises:
         StateError: names or axes are of parameters that do not exist, or do not fit.
     """
-    renamed, problems = _rename(list(entries), names)
-    problems += _axes_problems({name: entry.exp_avg.shape for name, entry in entries.items()}, axes)
+    renamed, problems = _rename(list(entries), names, others)
+    problems += _axes_problems({name: entry.exp_avg.shape for name, entry in entries.items()}, axes, others)
     if problems:
         raise StateError("The state cannot be exported", problems)
     moved = {renamed[name]: _transposed(entry, _inverse(axes, name)) for name, entry in entries.items()}
@@ -239,6 +243,7 @@ def inward(
     values: bool,
     cast: bool,
     groups: int = 1,
+    others: Collection[str] = (),
 ) -> Fitted:
     """A state as it fits the parameters of a framework.
 
@@ -251,12 +256,13 @@ def inward(
         values: whether the parameters' values are wanted, and not only the optimizer's state.
         cast: whether values may be rounded to the framework's types.
         groups: the number of the framework's parameter groups.
+        others: parameters of the model that are not in the optimizer: names and axes for them are passed over.
 
     Raises:
         StateError: listing every entry that is missing, superfluous, or of a wrong shape or type.
     """
-    renamed, problems = _rename(list(targets), names)
-    problems += _axes_problems({name: target.shape for name, target in targets.items()}, axes)
+    renamed, problems = _rename(list(targets), names, others)
+    problems += _axes_problems({name: target.shape for name, target in targets.items()}, axes, others)
     if problems:
         raise StateError("The state does not fit", problems)
     if scope is not None:
@@ -323,7 +329,7 @@ class Layer(NamedTuple):
         called: what an error calls it.
         prefix: what its parameters' names begin with.
         params: the rest of their names.
-        kind: "dense", "conv", "embedding" or "norm"; None if it is not plain.
+        kind: "dense", "conv", "conv_transpose", "embedding" or "norm"; None if it is not plain.
         roles: of each parameter, such as "kernel".
         axes: how an array of the state is transposed to have the framework's layout.
     """
@@ -336,31 +342,38 @@ class Layer(NamedTuple):
     axes: Mapping[str, tuple[int, ...]] = {}
 
 
-def number_layers(layers: Iterable[Layer]) -> Mappings:
-    """Names of a model's parameters by the positions, kinds and roles of its layers, such as `2.dense.kernel`."""
-    mappings: Mappings = {"names": {}, "axes": {}}
-    problems = []
-    for i, layer in enumerate(layers):
-        strange = [name for name in layer.params if layer.kind is None or name not in layer.roles]
+def number_layers(layers: Iterable[Layer], names: Mapping[str, str] | None, axes: Axes) -> Mappings:
+    """Names of a model's parameters by the positions, kinds and roles of its layers, such as `2.dense.kernel`.
+
+    Those in `names` are called as they are there; a layer without others has no number.
+    """
+    by_hand = dict(names or {})
+    mappings: Mappings = {"names": by_hand.copy(), "axes": {name: tuple(order) for name, order in (axes or {}).items()}}
+    problems, number = [], 0
+    for layer in layers:
+        params = [name for name in layer.params if layer.prefix + name not in by_hand]
+        strange = [name for name in params if layer.kind is None or name not in layer.roles]
         if strange:
             problems.append(f"{layer.called}, which has {', '.join(strange)}")
             continue
-        for name in layer.params:
-            mappings["names"][layer.prefix + name] = f"{i}.{layer.kind}.{layer.roles[name]}"
+        for name in params:
+            mappings["names"][layer.prefix + name] = f"{number}.{layer.kind}.{layer.roles[name]}"
             if name in layer.axes:
-                mappings["axes"][layer.prefix + name] = layer.axes[name]
+                mappings["axes"].setdefault(layer.prefix + name, layer.axes[name])
+        number += bool(params)
     if problems:
-        raise StateError("These layers are not plain; write names and axes by hand", problems)
+        raise StateError("These layers are not plain; give names= and, where layouts differ, axes= for them", problems)
     return mappings
 
 
-def _rename(own: list[str], names: Names) -> tuple[dict[str, str], list[str]]:
+def _rename(own: list[str], names: Names, others: Collection[str]) -> tuple[dict[str, str], list[str]]:
     """The state's name of each of a framework's names, and what is wrong with the mapping."""
     problems = []
     if callable(names):
         renamed = {name: names(name) for name in own}
     else:
-        problems += [f"names: there is no parameter {name!r} here" for name in names or {} if name not in own]
+        known = {*own, *others}
+        problems += [f"names: there is no parameter {name!r} here" for name in names or {} if name not in known]
         renamed = {name: (names or {}).get(name, name) for name in own}
     by_name: dict[str, list[str]] = {}
     for name, other in renamed.items():
@@ -369,13 +382,14 @@ def _rename(own: list[str], names: Names) -> tuple[dict[str, str], list[str]]:
     return renamed, problems
 
 
-def _axes_problems(shapes: Mapping[str, tuple[int, ...]], axes: Axes) -> list[str]:
+def _axes_problems(shapes: Mapping[str, tuple[int, ...]], axes: Axes, others: Collection[str]) -> list[str]:
     return [
         f"axes: there is no parameter {name!r} here"
         if name not in shapes
         else f"axes: {tuple(order)!r} of {name!r} is no order of its {len(shapes[name])} axes"
         for name, order in (axes or {}).items()
-        if name not in shapes or sorted(order) != list(range(len(shapes[name])))
+        if (name not in shapes and name not in others)
+        or (name in shapes and sorted(order) != list(range(len(shapes[name]))))
     ]
 
 

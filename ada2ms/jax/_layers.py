@@ -1,20 +1,21 @@
 """Ready mappings of plain layers."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from ada2ms._extras import require
-from ada2ms.core.state import Layer, Mappings, number_layers
+from ada2ms.core.state import Axes, Layer, Mappings, number_layers
 
 _KINDS = {
     "dense": (("Linear",), {"kernel": "kernel", "bias": "bias"}),
     "conv": (("Conv",), {"kernel": "kernel", "bias": "bias"}),
+    "conv_transpose": (("ConvTranspose",), {"kernel": "kernel", "bias": "bias"}),
     "embedding": (("Embed",), {"embedding": "table"}),
     "norm": (("LayerNorm", "RMSNorm", "GroupNorm", "BatchNorm"), {"scale": "scale", "bias": "bias"}),
 }
 
 
-def plain_layers(model: Any) -> Mappings:
+def plain_layers(model: Any, *, names: Mapping[str, str] | None = None, axes: Axes = None) -> Mappings:
     """`names` and `axes` for a flax.nnx model of plain layers, whose parameters are `nnx.state(model, nnx.Param)`.
 
     The same model in another framework maps to the same state. Layers are numbered in the order in which attributes
@@ -22,9 +23,14 @@ def plain_layers(model: Any) -> Mappings:
     (height, width, inputs, outputs) and (inputs, outputs), as in flax. So the models must have the same layers in the
     same order; what a Linear reads from a flattened image must be in the same order, too, which no mapping can see.
 
+    Args:
+        model: of Linear, Conv, ConvTranspose (with `transpose_kernel=True`: other frameworks have no kernel that is
+            turned round), Embed and normalisations.
+        names: names in the state for parameters of layers that are not plain, as for `export_state`; or for others.
+        axes: layouts of these, where they differ, as there.
+
     Raises:
-        StateError: naming every layer with parameters that is not plain: neither Linear, Conv, Embed nor a
-            normalisation. Write `names` and `axes` by hand for those.
+        StateError: naming every other layer that has parameters without a name in `names`.
         ImportError: flax is not installed.
     """
     require("flax", "jax")
@@ -42,9 +48,11 @@ def plain_layers(model: Any) -> Mappings:
                 ),
                 (None, {}),
             )
+            if kind == "conv_transpose" and not module.transpose_kernel:
+                kind = None
             called = f"{path!r}, {type(module).__name__}"
             layers.append(Layer(called, f"{path}/" if path else "", own, kind, roles))
-    return number_layers(layers)
+    return number_layers(layers, names, axes)
 
 
 def _modules(module: Any, path: str, nnx: Any) -> Iterator[tuple[str, Any]]:

@@ -71,7 +71,7 @@ def export_state(
         )
         for i, path in enumerate(mu)
     }
-    entries, renamed = outward(entries, names, axes)
+    entries, renamed = outward(entries, names, axes, leaves)
     options = dict(options or {})
     options["lr"] = options.pop("learning_rate", None)
     group = Group(list(renamed.values()), plain_hyperparameters(options))
@@ -143,6 +143,7 @@ def import_state(
         scope=("tensor" if _scalar(node.s).ndim else "model") if ours else None,
         values=values,
         cast=cast,
+        others=leaves,
     )
     s, k = fitted.groups[0]
     steps = [fitted.entries[path].step for path in mu]

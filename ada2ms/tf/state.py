@@ -67,8 +67,9 @@ def export_state(
             else None,
             param=_numpy(variable) if values else None,
         )
-    entries, renamed = outward(entries, names, axes)
+    entries, renamed = outward(entries, names, axes, _paths(model))
     hyper = {name: getattr(optimizer, argument) for name, argument in _HYPERPARAMETERS.items()}
+    hyper["weight_decay"] = hyper["weight_decay"] or 0.0  # None is how Keras says so
     config = optimizer.get_config()["learning_rate"]
     hyper["lr"] = config if isinstance(config, float) else None
     hyper["adaptivity"] = getattr(optimizer, "adaptivity", None)
@@ -131,7 +132,14 @@ def import_state(
         for path, (i, v) in variables.items()
     }
     fitted = inward(
-        state, targets, names=names, axes=axes, scope=optimizer.scope if ours else None, values=values, cast=cast
+        state,
+        targets,
+        names=names,
+        axes=axes,
+        scope=optimizer.scope if ours else None,
+        values=values,
+        cast=cast,
+        others=_paths(model),
     )
     s, k = fitted.groups[0]
     counts = {entry.step for entry in fitted.entries.values()}
@@ -196,6 +204,10 @@ def _variables(model: Model, optimizer: keras.optimizers.Optimizer) -> dict[str,
         absent = [v.path for v in optimizer._trainable_variables if v.path not in found]
         raise StateError("The optimizer does not fit", [f"{path!r} is not in the model" for path in absent])
     return found
+
+
+def _paths(model: Model) -> list[str]:
+    return [v.path for v in (model.variables if isinstance(model, keras.Model) else model)]
 
 
 def _numpy(variable: Variable) -> Any:

@@ -46,11 +46,10 @@ def export_state(
     Raises:
         StateError: listing everything that cannot be exported.
     """
-    called = _names(model, optimizer)
+    named = _named(model)
+    called = _names(named, optimizer)
     own = [[called[p] for p in group["params"]] for group in optimizer.param_groups]
-    state = from_state_dict(
-        optimizer.state_dict(), own, {name: p for p, name in called.items()}, names=names, axes=axes, values=values
-    )
+    state = from_state_dict(optimizer.state_dict(), own, named, names=names, axes=axes, values=values)
     return replace(state, source=f"torch {torch.__version__}: {type(optimizer).__name__}")
 
 
@@ -68,7 +67,7 @@ def from_state_dict(
     Args:
         state_dict: of an optimizer.
         called: the name of each parameter of each group.
-        params: parameters by name; those that no update has reached yet must be there.
+        params: the model's parameters by name; those that no update has reached yet must be there.
         names: as for `export_state`; and so are the others.
         axes: as there.
         values: as there.
@@ -98,7 +97,7 @@ def from_state_dict(
             if given["scope"] == "model":
                 group.global_exp_avg_sq = float(given["global_exp_avg_sq"])
         groups.append(group)
-    entries, renamed = outward(entries, names, axes)
+    entries, renamed = outward(entries, names, axes, params)
     for group in groups:
         group.params = [renamed[name] for name in group.params]
     first = state_dict["param_groups"][0] if state_dict["param_groups"] else {}
@@ -135,7 +134,8 @@ def import_state(
     Raises:
         StateError: listing everything that is missing, superfluous, or of a wrong shape or type; nothing has changed.
     """
-    called = _names(model, optimizer)
+    named = _named(model)
+    called = _names(named, optimizer)
     ours = isinstance(optimizer, Ada2MS)
     targets = {
         called[p]: Target(tuple(p.shape), _dtypes(p, ours), i)
@@ -151,6 +151,7 @@ def import_state(
         values=values,
         cast=cast,
         groups=len(optimizer.param_groups),
+        others=named,
     )
     state_dict = optimizer.state_dict()
     params = [p for group in optimizer.param_groups for p in group["params"]]
@@ -195,10 +196,13 @@ def arguments(state: State) -> dict[str, Any]:
     return {**hyper, "scope": state.scope, "nonfinite": state.nonfinite}
 
 
-def _names(model: Model, optimizer: torch.optim.Optimizer) -> dict[Tensor, str]:
+def _named(model: Model) -> Mapping[str, Tensor]:
+    return dict(model.named_parameters()) if isinstance(model, nn.Module) else model
+
+
+def _names(named: Mapping[str, Tensor], optimizer: torch.optim.Optimizer) -> dict[Tensor, str]:
     """The model's name of each parameter of the optimizer."""
-    named = model.named_parameters() if isinstance(model, nn.Module) else model.items()
-    known = {p: name for name, p in named}
+    known = {p: name for name, p in named.items()}
     params = [p for group in optimizer.param_groups for p in group["params"]]
     problems = [f"a parameter of shape {tuple(p.shape)} is not in the model" for p in params if p not in known]
     problems += [
