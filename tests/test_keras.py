@@ -1,6 +1,7 @@
 """The Keras optimizer, on the backend that KERAS_BACKEND names: its arguments, and its configuration."""
 
 import copy
+import functools
 import json
 import pickle
 from typing import Any
@@ -8,7 +9,7 @@ from typing import Any
 import keras
 import numpy as np
 import pytest
-from keras_support import ADAPTIVITIES, apply, arrays, numpy, variables
+from keras_support import ADAPTIVITIES, apply, arrays, assert_close, by_core, numpy, variables
 
 from ada2ms import core
 from ada2ms.core.hyperparameters import DEFAULTS
@@ -25,6 +26,7 @@ pytestmark = pytest.mark.keras
     [
         *[("learning_rate", -1.0), ("beta_1", 1.0), ("beta_2", -0.1), ("epsilon", -1e-8), ("weight_decay", -0.1)],
         *[("adaptivity", 1.5), ("adaptivity", float("nan")), ("scope", "layer"), ("nonfinite", "ignore")],
+        *[("scope", None), ("nonfinite", ["skip"]), ("weight_decay", None), ("learning_rate", float("inf"))],
     ],
 )
 def test_a_bad_value_is_named(argument: str, value: Any) -> None:
@@ -33,10 +35,30 @@ def test_a_bad_value_is_named(argument: str, value: Any) -> None:
     assert repr(value) in str(error.value)
 
 
-@pytest.mark.parametrize("argument", ["learning_rate", "beta_1", "epsilon", "weight_decay", "adaptivity"])
+NUMBERS = ["learning_rate", "beta_1", "beta_2", "epsilon", "weight_decay", "adaptivity"]
+
+
+@pytest.mark.parametrize("argument", NUMBERS)
 def test_a_value_of_the_wrong_kind_is_named(argument: str) -> None:
-    with pytest.raises(TypeError, match=argument):
+    with pytest.raises(TypeError, match=rf"'0.1' \({argument} must be a number in \[0, "):
         Ada2MS(**{argument: "0.1"})
+
+
+def test_the_adaptivity_is_replaced() -> None:
+    values, rows = arrays(0), [arrays(i) for i in range(1, 5)]
+    optimizer, targets = Ada2MS(0.1, adaptivity=1), variables(values)
+    given = (1.0, 0.0, core.Linear(1.0, 0.0, steps=4), 0.3)
+    for row, adaptivity in zip(rows, given, strict=True):
+        optimizer.adaptivity = adaptivity
+        assert optimizer.adaptivity == adaptivity
+        apply(optimizer, row, targets)
+    by_count = (1.0, 0.0, 0.5, 0.3)
+    assert_close([numpy(v) for v in targets], by_core(values, rows, lr=0.1, adaptivity=lambda k: by_count[k]))
+    for bad, error in ((1.5, ValueError), ("0.5", TypeError)):
+        with pytest.raises(error, match="adaptivity"):
+            optimizer.adaptivity = bad
+    assert optimizer.adaptivity == 0.3
+    assert optimizer.get_config()["adaptivity"] == 0.3
 
 
 def test_an_unknown_argument_is_refused() -> None:
@@ -101,10 +123,13 @@ def test_the_configuration_is_kept(kind: str, how: str) -> None:
         np.testing.assert_array_equal(left, right)
 
 
-def test_by_name() -> None:
-    assert isinstance(keras.optimizers.get("ada2ms"), Ada2MS)
+@pytest.mark.parametrize("name", ["ada2ms", "Ada2MS"])
+def test_by_name(name: str) -> None:
+    assert isinstance(keras.optimizers.get(name), Ada2MS)
+    config = {"class_name": name, "config": {"learning_rate": 0.5, "adaptivity": 0.25}}
+    assert keras.optimizers.get(config).adaptivity == 0.25
     model = keras.Sequential([keras.Input((2,)), keras.layers.Dense(1)])
-    model.compile(optimizer="ada2ms", loss="mse")
+    model.compile(optimizer=name, loss="mse")
     assert isinstance(model.optimizer, Ada2MS)
 
 
@@ -125,6 +150,15 @@ def test_the_example_of_the_docstring() -> None:
     assert doctest.DocTestRunner().run(test).failed == 0
 
 
-def test_pickle() -> None:
+def test_copies() -> None:
     given = Ada2MS(0.01, adaptivity=core.Linear(1.0, 0.0, steps=4), scope="tensor")
-    assert pickle.loads(pickle.dumps(given)).get_config() == given.get_config()
+    for copied in (pickle.loads(pickle.dumps(given)), copy.deepcopy(given)):
+        assert copied is not given
+        assert copied.get_config() == given.get_config()
+
+
+def test_a_function_that_keras_cannot_save_is_named() -> None:
+    optimizer = Ada2MS(adaptivity=functools.partial(core.Linear(1.0, 0.0, steps=4)))  # good enough to train with
+    apply(optimizer, arrays(1), variables(arrays(0)))
+    with pytest.raises(TypeError, match=r"functools.partial\(Linear"):
+        optimizer.get_config()

@@ -1,5 +1,6 @@
 """The Keras optimizer in Keras' own training loop, and what is saved in the middle of it."""
 
+import copy
 import pickle
 from typing import Any
 
@@ -202,6 +203,65 @@ def test_an_embedding_of_repeated_tokens(way: str, arguments: Any) -> None:
     assert_close(model.get_weights(), params)
 
 
+def loop(model: Any, optimizer: Any) -> Any:
+    """A training step of a user's own, compiled where the backend compiles, for batches of any length on TensorFlow."""
+    weights = model.trainable_variables
+    if BACKEND == "tensorflow":
+        import tensorflow as tf
+
+        @tf.function(input_signature=[tf.TensorSpec((None, 6)), tf.TensorSpec((None, 1))], jit_compile=True)
+        def step(x: Any, y: Any) -> None:
+            with tf.GradientTape() as tape:
+                loss = tf.reduce_mean((model(x, training=True) - y) ** 2)
+            optimizer.apply_gradients(zip(tape.gradient(loss, weights), weights, strict=True))
+
+    elif BACKEND == "torch":
+
+        def step(x: Any, y: Any) -> None:
+            model.zero_grad()
+            ops.mean((model(x, training=True) - y) ** 2).backward()
+            optimizer.apply([v.value.grad for v in weights], weights)
+
+    else:
+        import jax
+
+        optimizer.build(weights)
+
+        def loss(values: Any, others: Any, x: Any, y: Any) -> Any:
+            predictions, _ = model.stateless_call(values, others, x, training=True)
+            return ops.mean((predictions - y) ** 2)
+
+        @jax.jit
+        def update(values: Any, others: Any, state: Any, x: Any, y: Any) -> Any:
+            return optimizer.stateless_apply(state, jax.grad(loss)(values, others, x, y), values)
+
+        def step(x: Any, y: Any) -> None:
+            targets = [*weights, *optimizer.variables]
+            others = [v.value for v in model.non_trainable_variables]
+            found = update([v.value for v in weights], others, [v.value for v in optimizer.variables], x, y)
+            for v, x in zip(targets, [*found[0], *found[1]], strict=True):
+                v.assign(x)
+
+    return step
+
+
+def test_a_training_loop_of_ones_own() -> None:
+    model = network()
+    step = loop(model, Ada2MS(0.01, adaptivity=0.3))
+    for i in range(8):
+        step(*(ops.convert_to_tensor(a[8 * i % 32 :][:8]) for a in (X, Y)))
+    assert_close(model.get_weights(), by_core(8, lr=0.01, adaptivity=0.3))
+
+
+@pytest.mark.parametrize("way", EACH_WAY)
+def test_the_adaptivity_is_replaced_between_epochs(way: str) -> None:
+    model = fitted(Ada2MS(0.01, adaptivity=1.0), epochs=1, **WAYS[way])
+    model.optimizer.adaptivity = 0.25
+    model.make_train_function(force=True)
+    train(model, epochs=1)
+    assert_close(model.get_weights(), by_core(8, lr=0.01, adaptivity=lambda k: 1.0 if k < 4 else 0.25))
+
+
 def test_stateless_apply_under_jit() -> None:
     if BACKEND != "jax":
         pytest.skip("JAX alone trains without state")
@@ -262,18 +322,24 @@ def test_the_logger_of_tensors_and_of_another_optimizer() -> None:
 # Saving
 
 
+COPIES = {"pickled": lambda model: pickle.loads(pickle.dumps(model)), "copied": copy.deepcopy}
+
+
 @pytest.mark.parametrize(
     ("scope", "how"),
-    [("model", "saved"), *(pytest.param(*x, marks=slow) for x in (("tensor", "saved"), ("model", "pickled")))],
+    [
+        ("model", "keras"),
+        *(pytest.param(*x, marks=slow) for x in (("tensor", "keras"), *(("model", c) for c in COPIES))),
+    ],
 )
 def test_a_saved_model_continues_exactly(scope: Any, how: str, tmp_path: Any) -> None:
     optimizer = Ada2MS(0.01, adaptivity=core.Linear(1.0, 0.0, steps=12), scope=scope, nonfinite="skip")
     model = fitted(optimizer, epochs=1)
-    if how == "pickled":
-        loaded = pickle.loads(pickle.dumps(model))
+    if how in COPIES:
+        loaded = COPIES[how](model)
     else:
-        model.save(tmp_path / "model.keras")
-        loaded = keras.saving.load_model(tmp_path / "model.keras")
+        model.save(tmp_path / f"model.{how}")
+        loaded = keras.saving.load_model(tmp_path / f"model.{how}")
     assert isinstance(loaded.optimizer, Ada2MS)
     assert loaded.optimizer.get_config() == optimizer.get_config()
     assert_equal(state(loaded), state(model))
@@ -299,6 +365,18 @@ def test_weights_alone(tmp_path: Any) -> None:
     other = fitted(Ada2MS(0.01), epochs=2)
     other.load_weights(tmp_path / "model.weights.h5")
     assert_equal(state(other), state(model))
+
+
+def test_what_adamw_saved_is_not_taken_for_this(tmp_path: Any) -> None:
+    """Keras says so, and the weights of the model are loaded all the same. `import_state` takes AdamW's state over."""
+    adamw = fitted(keras.optimizers.AdamW(0.01), epochs=1)
+    adamw.save_weights(tmp_path / "model.weights.h5")
+    model = fitted(Ada2MS(0.01), epochs=1)
+    before = state(model)[4:]
+    with pytest.warns(UserWarning, match="Skipping variable loading for optimizer 'ada2ms'"):
+        model.load_weights(tmp_path / "model.weights.h5")
+    assert_equal(model.get_weights(), adamw.get_weights())
+    assert_equal(state(model)[4:], before)
 
 
 @slow

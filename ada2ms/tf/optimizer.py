@@ -53,12 +53,13 @@ class Ada2MS(keras.optimizers.Optimizer):  # type: ignore[misc]
         beta_2: A number in [0, 1), the decay rate of `velocity` and `global_velocity`. Defaults to `0.999`.
         epsilon: A number, at least 0. It is added after bias correction and outside the root, as in PyTorch and Optax
             and in the paper of Adam; `keras.optimizers.AdamW` adds it before bias correction. Defaults to `1e-8`.
-        weight_decay: A number, at least 0, or None. Weight decay is decoupled, scaled by the learning rate and part of
-            the update; see `exclude_from_weight_decay`. Defaults to `0.01`.
+        weight_decay: A number, at least 0. Weight decay is decoupled, scaled by the learning rate and part of the
+            update; see `exclude_from_weight_decay`. Defaults to `0.01`.
         adaptivity: A number in [0, 1]; or a schedule: one of `ada2ms.core` (Linear, Cosine, Exponential, Constant), a
             `LearningRateSchedule`, or any callable that is given the count of completed updates as a float tensor,
             0 for the first update. An update completes neither when gradients are accumulated nor when it is skipped.
-            Defaults to `0.5`.
+            A callable of your own must be one that Keras can serialise, if the model is to be saved:
+            `keras.saving.register_keras_serializable`. Defaults to `0.5`.
         scope: `"model"`: one global second moment, of all variables that this optimizer updates (within a
             `MultiOptimizer`, those of this member). `"tensor"`: one for each variable. Defaults to `"model"`.
         nonfinite: `"propagate"`, or `"skip"`: a step with a gradient that is not finite changes neither variables nor
@@ -96,7 +97,7 @@ class Ada2MS(keras.optimizers.Optimizer):  # type: ignore[misc]
         beta_1: float = DEFAULTS.b1,
         beta_2: float = DEFAULTS.b2,
         epsilon: float = DEFAULTS.eps,
-        weight_decay: float | None = DEFAULTS.weight_decay,
+        weight_decay: float = DEFAULTS.weight_decay,
         adaptivity: float | Callable[[Any], Any] = DEFAULTS.adaptivity,
         scope: Scope = DEFAULT_SCOPE,
         nonfinite: Nonfinite = DEFAULT_NONFINITE,
@@ -115,13 +116,14 @@ class Ada2MS(keras.optimizers.Optimizer):  # type: ignore[misc]
         check("b1", beta_1, "beta_1")
         check("b2", beta_2, "beta_2")
         check("eps", epsilon, "epsilon")
-        check("weight_decay", 0.0 if weight_decay is None else weight_decay)
-        check("adaptivity", adaptivity)
+        if weight_decay is None:  # as from Keras' AdamW, whose tests match on these words
+            raise ValueError("Argument `weight_decay` must be a float. Received: weight_decay=None")
+        check("weight_decay", weight_decay)
         check("scope", scope)
         check("nonfinite", nonfinite)
         super().__init__(
             learning_rate=learning_rate if callable(learning_rate) else float(learning_rate),
-            weight_decay=None if weight_decay is None else float(weight_decay),
+            weight_decay=float(weight_decay),
             clipnorm=clipnorm,
             clipvalue=clipvalue,
             global_clipnorm=global_clipnorm,
@@ -136,10 +138,25 @@ class Ada2MS(keras.optimizers.Optimizer):  # type: ignore[misc]
         self.beta_1 = float(beta_1)
         self.beta_2 = float(beta_2)
         self.epsilon = float(epsilon)
-        self.adaptivity = adaptivity if callable(adaptivity) else float(adaptivity)
+        self.adaptivity = adaptivity
         self.scope = scope
         self.nonfinite = nonfinite
         self._excluded_names: list[str] = []
+
+    @property
+    def adaptivity(self) -> float | Callable[[Any], Any]:
+        """The number or schedule given, which may be replaced by another at any time.
+
+        Where the training step runs as it is written, as on torch, the next update uses it. Compiled steps have the one
+        that they were compiled with (numbers are part of compiled code, which is what makes 0, 0.5 and 1 fast): make a
+        model compile its step again by `model.make_train_function(force=True)`.
+        """
+        return self._adaptivity
+
+    @adaptivity.setter
+    def adaptivity(self, adaptivity: float | Callable[[Any], Any]) -> None:
+        check("adaptivity", adaptivity)
+        self._adaptivity = adaptivity if callable(adaptivity) else float(adaptivity)
 
     def build(self, variables: list[Variable]) -> None:
         """Creates the state: two slots for each variable, of its shape, and four small variables for all of them."""
@@ -287,7 +304,7 @@ class Ada2MS(keras.optimizers.Optimizer):  # type: ignore[misc]
             finite,
             weights,
             adaptivity=a,
-            decay=kept(1 - lr * (self.weight_decay or 0.0), 1),
+            decay=kept(1 - lr * self.weight_decay, 1),
             sizes=ops.unstack(kept(sizes, 0), n),
             epsilons=ops.unstack(kept(self.epsilon / c, 1), n),
         )
@@ -399,7 +416,8 @@ class Ada2MS(keras.optimizers.Optimizer):  # type: ignore[misc]
         return super().from_config(config, custom_objects=custom_objects)  # type: ignore[no-any-return]
 
 
-keras.saving.get_custom_objects()["ada2ms"] = Ada2MS  # compile(optimizer="ada2ms")
+# compile(optimizer="ada2ms"), and as the class is called, since Keras' own go by both
+keras.saving.get_custom_objects().update({"ada2ms": Ada2MS, "Ada2MS": Ada2MS})
 
 
 def _precision(dtype: Any) -> str:
@@ -426,12 +444,18 @@ def _dense(gradient: Tensor) -> Tensor:
 
 def _power(x: Tensor, exponent: Tensor | float) -> Tensor:
     """x**exponent for x >= 0 and exponents in [0, 0.5], several times faster than ops.power."""
+    if isinstance(exponent, float):
+        if exponent == 0.0:  # adaptivity 0
+            return 1.0
+        if exponent == 0.25:  # adaptivity 0.5
+            return ops.sqrt(ops.sqrt(x))
+        if exponent == 0.5:  # adaptivity 1
+            return ops.sqrt(x)
+    if keras.backend.backend() == "jax" and x.dtype == "float32":
+        from ada2ms.tf import _jax
+
+        return _jax.power(x, ops.cast(exponent, "float32"))
+    logarithm = ops.log(x)
     if not isinstance(exponent, float):
-        return ops.exp(exponent * ops.maximum(ops.log(x), -1e30))  # finite: 0**0 = 1
-    if exponent == 0.0:  # adaptivity 0
-        return 1.0
-    if exponent == 0.25:  # adaptivity 0.5
-        return ops.sqrt(ops.sqrt(x))
-    if exponent == 0.5:  # adaptivity 1
-        return ops.sqrt(x)
-    return ops.exp(exponent * ops.log(x))
+        logarithm = ops.maximum(logarithm, -1e30)  # finite: 0**0 = 1
+    return ops.exp(exponent * logarithm)
