@@ -1,5 +1,5 @@
 PYTHON ?= python3
 
-.PHONY: demo test slow setup
-demo test slow setup:
+.PHONY: demo compare test slow setup
+demo compare test slow setup:
 	$(PYTHON) dev.py $@ $(ARGS)

@@ -1,9 +1,10 @@
 """Sets up what it needs and runs it, with nothing but Python: `python dev.py demo`, `python dev.py test`.
 
-    demo [options]  trains the same network on real data in every framework; options are those of `ada2ms demo`
-    test            format, lint, types, golden vectors and the tests
-    slow            the frameworks' own test-suites, the multi-process tests and the examples
-    setup           only the environment: .venv, with the versions that constraints.txt pins
+    demo [options]     trains the same network on real data in every framework; options are those of `ada2ms demo`
+    compare [options]  compares optimizers under one protocol; options are those of `ada2ms compare`
+    test               format, lint, types, golden vectors and the tests
+    slow               the frameworks' own test-suites, the multi-process tests and the examples
+    setup              only the environment: .venv, with the versions that constraints.txt pins
 
 Every command makes or mends .venv first, and leaves it alone where it is up to date.
 """
@@ -75,12 +76,13 @@ def slow() -> list[bool]:
 
 def main() -> int:
     command, *options = sys.argv[1:] or ["--help"]
-    if command not in ("demo", "test", "slow", "setup") or (options and command != "demo"):
+    takes_options = command in ("demo", "compare")
+    if not (takes_options or command in ("test", "slow", "setup")) or (options and not takes_options):
         print(__doc__)
         return 0 if command in ("-h", "--help") else 2
     setup("all", "dev", *(["examples"] if command == "slow" else []))
-    if command == "demo":
-        return subprocess.run([PYTHON, "-m", "ada2ms", "demo", *options]).returncode
+    if takes_options:
+        return subprocess.run([PYTHON, "-m", "ada2ms", command, *options]).returncode
     succeeded = {"test": test, "slow": slow, "setup": lambda: []}[command]()
     return 0 if all(succeeded) else 1
 

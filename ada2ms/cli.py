@@ -1,4 +1,4 @@
-"""The command line: `ada2ms demo` and `ada2ms state`, also `python -m ada2ms`."""
+"""The command line: `ada2ms demo`, `ada2ms compare` and `ada2ms state`, also `python -m ada2ms`."""
 
 import argparse
 import json
@@ -9,7 +9,7 @@ from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 
-from ada2ms import __version__, cli_state
+from ada2ms import __version__, cli_compare, cli_state
 from ada2ms.core import schedules
 from ada2ms.core.hyperparameters import DEFAULTS, Scheduled, check
 
@@ -109,6 +109,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         help="one more run, handed from framework to framework: each goes on from the state of the one before",
     )
     command.add_argument("--json", action="store_true", help="print JSON instead of the table")
+    cli_compare.add(commands)
     cli_state.add(commands)
     arguments = parser.parse_args(argv)
     status: int = arguments.run(arguments)

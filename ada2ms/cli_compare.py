@@ -1,0 +1,120 @@
+"""`ada2ms compare`: optimizers under one protocol, on this machine."""
+
+import argparse
+import sys
+from dataclasses import replace
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+_MODULES = ("torch", "pytorch_optimizer", "sklearn", "matplotlib", "rich")
+
+
+def add(commands: Any) -> None:
+    """Adds `compare` to the command line."""
+    command = commands.add_parser(
+        "compare",
+        help="train with Ada2MS, AdamW, momentum SGD and others under one protocol, and compare",
+        description="Tunes and trains every optimizer in the same way (docs/comparison.md says how) and writes tables "
+        "and pictures. A comparison that was stopped goes on where it was when it is started again.",
+    )
+    command.set_defaults(run=compare)
+    command.add_argument(
+        "--out", type=Path, default=Path("ada2ms-compare"), help="folder of the records (default: %(default)s)"
+    )
+    command.add_argument("--smoke", action="store_true", help="runs of a few steps: only whether all of it works")
+    command.add_argument("--tasks", nargs="+", metavar="TASK", help="whole names, or the words that they begin with")
+    command.add_argument("--optimizers", nargs="+", metavar="OPTIMIZER", help="likewise")
+    command.add_argument("--cifar", type=Path, metavar="FOLDER", help="holds cifar-10-batches-py or cifar-100-python")
+    command.add_argument("--seeds", type=_above_0, metavar="N", help="how many to test with (default: 5)")
+    command.add_argument("--workers", type=_above_0, metavar="N", help="runs at a time (default: as many as cores)")
+    command.add_argument("--device", default="cpu", help="of torch, on which to train (default: %(default)s)")
+    command.add_argument("--report", action="store_true", help="only write tables and pictures of what is finished")
+
+
+def compare(arguments: argparse.Namespace) -> int:
+    """Does, or goes on with, a comparison and reports; 0 if it is finished, 2 if it cannot run, 130 if interrupted."""
+    if absent := [module for module in _MODULES if find_spec(module) is None]:
+        print(f"The comparison needs {', '.join(absent)}: pip install 'ada2ms[compare]'", file=sys.stderr)
+        return 2
+    from rich.console import Console
+    from rich.progress import (
+        BarColumn,
+        MofNCompleteColumn,
+        Progress,
+        TextColumn,
+        TimeElapsedColumn,
+        TimeRemainingColumn,
+    )
+
+    from ada2ms.compare import report, runner
+    from ada2ms.compare.optimizers import CANDIDATES
+    from ada2ms.compare.protocol import SMOKE, TASKS, Protocol
+
+    console = Console()
+    protocol = SMOKE if arguments.smoke else Protocol()
+    if arguments.cifar is not None:
+        protocol = replace(protocol, tasks=tuple(name for name, task in TASKS.items() if task.data == "CIFAR"))
+    try:
+        if arguments.tasks:
+            protocol = replace(protocol, tasks=_named("tasks", arguments.tasks, tuple(TASKS)))
+        if arguments.optimizers:
+            protocol = replace(protocol, optimizers=_named("optimizers", arguments.optimizers, tuple(CANDIDATES)))
+        if arguments.seeds:
+            protocol = replace(protocol, seeds=tuple(range(1, arguments.seeds + 1)))
+        if arguments.report:
+            records = runner.load(arguments.out)
+        else:
+            with Progress(
+                TextColumn("runs"),
+                BarColumn(),
+                MofNCompleteColumn(),
+                TimeElapsedColumn(),
+                TextColumn("left"),
+                TimeRemainingColumn(elapsed_when_finished=True),
+                console=console,
+                speed_estimate_period=600,
+            ) as bar:
+                task = bar.add_task("")
+                records = runner.compare(
+                    protocol,
+                    arguments.out,
+                    workers=arguments.workers,
+                    device=arguments.device,
+                    cifar=arguments.cifar,
+                    progress=lambda done, total: bar.update(task, completed=done, total=total),
+                )
+    except (runner.CompareError, ValueError) as error:
+        print(error, file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print(f"\nStopped; the same command goes on from what is in {arguments.out}", file=sys.stderr)
+        return 130
+    if not records:
+        print(f"Nothing is finished in {str(arguments.out)!r}", file=sys.stderr)
+        return 2
+    for file in report.write(protocol, records, arguments.out):
+        console.print(str(file), markup=False, soft_wrap=True)
+    return 0
+
+
+def _named(argument: str, wanted: list[str], names: tuple[str, ...]) -> tuple[str, ...]:
+    """The names that begin with the words wanted, or are them.
+
+    Raises:
+        ValueError: no name does.
+    """
+    found: list[str] = []
+    for words in wanted:
+        exact = [name for name in names if name.lower() == words.lower()]
+        matches = exact or [name for name in names if name.lower().startswith(words.lower())]
+        if not matches:
+            raise ValueError(f"Invalid {argument}: {words!r} (must be or begin one of: {'; '.join(names)})")
+        found += matches
+    return tuple(name for name in names if name in found)
+
+
+def _above_0(text: str) -> int:
+    if not text.isdecimal() or int(text) == 0:
+        raise argparse.ArgumentTypeError(f"{text!r} is no whole number above 0")
+    return int(text)
