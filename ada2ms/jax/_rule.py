@@ -11,7 +11,7 @@ import numpy as np
 import optax  # type: ignore[import-untyped]
 
 from ada2ms.core.hyperparameters import Nonfinite, Scope, check, value_at
-from ada2ms.jax._power import power
+from ada2ms.jax._power import power, power_of_few, root
 
 _SMALLEST: Final = float(jnp.finfo(jnp.float32).tiny)  # type: ignore[no-untyped-call]
 
@@ -70,16 +70,20 @@ class Rule:
                 allowed = False
             if not allowed:
                 raise ValueError(f"Invalid {field}: {dtype!r} ({field} must be None, or a floating or complex dtype)")
+        axes = _axes(self.axis_name)
+        if not all(isinstance(axis, str) for axis in axes):
+            raise TypeError(
+                f"Invalid axis_name: {self.axis_name!r} (axis_name must be None, a name or a tuple of names)"
+            )
 
     def init(self, params: optax.Params) -> ScaleByAda2MSState:
         """Zeros, of the parameters' shapes, types and shardings; reads no values."""
         leaves = jax.tree.leaves(params)
-        reals = [_real(_at_least_float32(p)) for p in leaves]
         return ScaleByAda2MSState(
             count=jnp.zeros([], jnp.int32),
             mu=jax.tree.map(lambda p: _zeros(p, self.mu_dtype), params),
             nu=jax.tree.map(lambda p: _zeros(p, self.nu_dtype), params),
-            s=jnp.zeros([] if self.scope == "model" else [len(leaves)], jnp.result_type(jnp.float32, *reals)),
+            s=jnp.zeros([] if self.scope == "model" else [len(leaves)], _real(*leaves)),
             steps=jnp.zeros([len(leaves)], jnp.int32),
             skipped=jnp.zeros([], jnp.int32),
         )
@@ -106,27 +110,34 @@ class Rule:
 
         squares, entries = _sums_of_squares(gradients, dtype, self.axis_name)
         total = sum(squares, start=jnp.zeros([], dtype))
+        t = jnp.maximum(steps, 1)  # where there has been no gradient yet, nothing is divided by
         if self.scope == "model":
             s = b2 * state.s + (1 - b2) * _mean(total, sum(entries))
-            s_hats = [s / _correction(b2, count, dtype)] * len(gradients)
+            s_hat = s / _correction(b2, count, dtype)
         else:
             means = jnp.stack([_mean(x, n) for x, n in zip(squares, entries, strict=True)])
             s = jnp.where(has_gradient, b2 * state.s + (1 - b2) * means, state.s)
-            s_hat = s / _correction(b2, jnp.maximum(steps, 1), dtype)  # 1 where there has been no gradient yet
-            s_hats = [s_hat[i] for i in range(len(gradients))]
+            s_hat = s / _correction(b2, t, dtype)
+        # Of all leaves at once, what is the same for all entries of each: m_hat = m * of_m, d = v^(a/2) * of_d + eps.
+        of_m = 1 / _correction(cast(number(self.b1), dtype), t, dtype)
+        of_d = _power(1 / _correction(b2, t, dtype), a, power_of_few) * _power(s_hat, 1 - a, power_of_few)
+        of_d = jnp.broadcast_to(of_d, t.shape)
+
+        # Finite where the sum is; but where all leaves ask, XLA would make the sum once more for each, and no root.
+        finite = jnp.isfinite(root(total))
 
         def keep(new: jax.Array, old: jax.Array) -> jax.Array:
             """The new value, or, in a step that is skipped, the old one."""
-            return new if self.nonfinite == "propagate" else jnp.where(jnp.isfinite(total), new, old)
+            return new if self.nonfinite == "propagate" else jnp.where(finite, new, old)
 
         directions: list[Any] = [None] * len(gradients)
         for i in present:
             g = jnp.asarray(gradients[i])
-            directions[i], mu[i], nu[i] = self._leaf(g, mu[i], nu[i], s_hats[i], steps[i], a, keep)
+            directions[i], mu[i], nu[i] = self._leaf(g, mu[i], nu[i], of_m[i], of_d[i], a, keep)
         new_updates = finish(tree.unflatten(directions), completed, params)
         like = (updates,) if params is None else (updates, params)
         return (
-            map_updates(lambda u, *like: keep(u, jnp.zeros_like(u)).astype(jnp.result_type(*like)), new_updates, *like),
+            map_updates(lambda u, *like: keep(u, jnp.zeros_like(u)).astype(_inexact(*like)), new_updates, *like),
             ScaleByAda2MSState(
                 count=keep(count, state.count),
                 mu=tree.unflatten(mu),
@@ -138,28 +149,27 @@ class Rule:
         )
 
     def _leaf(
-        self, gradient: jax.Array, mu: jax.Array, nu: jax.Array, s_hat: jax.Array, t: jax.Array, a: Any, keep: Keep
+        self, gradient: jax.Array, mu: jax.Array, nu: jax.Array, of_m: jax.Array, of_d: jax.Array, a: Any, keep: Keep
     ) -> tuple[jax.Array, jax.Array, jax.Array]:
         """(m_hat / d, m, v) of one leaf; in at least float32, a complex leaf as pairs of reals."""
         pairs = jnp.iscomplexobj(gradient)
-        dtype = jnp.result_type(jnp.float32, *(_real(x.dtype) for x in (gradient, mu, nu)))
+        dtype = _real(gradient, mu, nu)
         g, m, v = (_to_reals(x, pairs).astype(dtype) for x in (gradient, mu, nu))
-        b1, b2, eps, a = (cast(number(x), dtype) for x in (self.b1, self.b2, self.eps, a))
+        b1, b2, eps = (cast(number(x), dtype) for x in (self.b1, self.b2, self.eps))
 
         m = keep(b1 * m + (1 - b1) * g, m)
         v = keep(b2 * v + (1 - b2) * (g * g), v)
-        m_hat = m * (1 / _correction(b1, t, dtype))  # one quotient, and a product for each entry
-        d = _interpolate(v, 1 / _correction(b2, t, dtype), s_hat.astype(dtype), a) + eps
+        d = _power(v, a, power) * of_d.astype(dtype) + eps
         if not (isinstance(eps, float) and eps >= _SMALLEST):  # only without eps: where nothing has moved yet,
             d = jnp.where(d == 0, jnp.inf, d)  # the update is 0
-        direction = _from_reals(m_hat / d, pairs)
+        direction = _from_reals(m * of_m.astype(dtype) / d, pairs)
         return direction, _from_reals(m, pairs, mu.dtype), _from_reals(v, pairs, nu.dtype)
 
 
 def check_number(field: str, value: Any, argument: str | None = None, *, schedule: bool | None = None) -> None:
-    """As `ada2ms.core.hyperparameters.check`; but what JAX computes, and may not know yet, is taken as it is."""
-    if not isinstance(value, jax.Array):
-        check(field, value, argument, schedule=schedule)
+    """As `ada2ms.core.hyperparameters.check`; but what JAX traces, and does not know yet, is taken as it is."""
+    if not isinstance(value, jax.core.Tracer):
+        check(field, jax.device_get(value) if isinstance(value, jax.Array) else value, argument, schedule=schedule)
 
 
 def number(value: Any) -> Any:
@@ -177,20 +187,17 @@ def map_updates(f: Callable[..., Any], updates: optax.Updates, *rest: Any) -> op
     return jax.tree.map(lambda u, *x: None if u is None else f(u, *x), updates, *rest, is_leaf=lambda u: u is None)
 
 
-def _interpolate(v: jax.Array, debias: Any, s: jax.Array, a: Any) -> jax.Array:
-    """(v*debias)^(a/2) * s^((1-a)/2), where 0^0 = 1; with what is the same for all entries computed once."""
+def _power(x: jax.Array, a: Any, otherwise: Callable[[jax.Array, jax.Array], jax.Array]) -> Any:
+    """x^(a/2), where 0^0 = 1."""
     if isinstance(a, float) and a in (0, 0.5, 1):  # the same, faster
-        if a == 0.5:
-            return jnp.sqrt(jnp.sqrt(v) * (jnp.sqrt(debias) * jnp.sqrt(s)))
-        return jnp.sqrt(v) * jnp.sqrt(debias) if a else jnp.sqrt(s)
-    scale = jnp.power(debias, a / 2) * jnp.power(s, (1 - a) / 2)
-    return (power(v, jnp.asarray(a / 2, jnp.float32)) if v.dtype == jnp.float32 else jnp.power(v, a / 2)) * scale
+        return root(x) if a == 1 else root(root(x)) if a else 1.0
+    return otherwise(x, jnp.asarray(a, x.dtype) / 2)
 
 
-def _correction(beta: Any, count: jax.Array, dtype: Any) -> Any:
+def _correction(beta: Any, count: jax.Array, dtype: Any) -> jax.Array:
     """1 - beta^count, without the cancellation that costs 1 - beta**count its digits."""
     if isinstance(beta, float) and beta == 0:
-        return 1.0
+        return jnp.ones_like(count, dtype)
     log = math.log(beta) if isinstance(beta, float) else jnp.log1p(beta - 1)  # the difference is exact
     return -jnp.expm1(count.astype(dtype) * log)
 
@@ -201,7 +208,7 @@ def _mean(total: jax.Array, entries: float) -> jax.Array:
 
 def _sums_of_squares(gradients: list[Any], dtype: Any, axis_name: Any) -> tuple[list[jax.Array], list[float]]:
     """For each gradient the sum of its squares, and the number of reals in it, over all devices; zeros for None."""
-    axes = () if axis_name is None else (axis_name,) if isinstance(axis_name, str) else tuple(axis_name)
+    axes = _axes(axis_name)
     for axis in axes:
         if not _accounted(axis):
             raise ValueError(
@@ -218,7 +225,7 @@ def _sums_of_squares(gradients: list[Any], dtype: Any, axis_name: Any) -> tuple[
         g = jax.lax.optimization_barrier(jnp.asarray(g))  # type: ignore[no-untyped-call]
         pairs = jnp.iscomplexobj(g)
         g = _to_reals(g, pairs)
-        sums.append(jnp.sum(jnp.square(g.astype(_at_least_float32(g)))).astype(dtype))
+        sums.append(jnp.sum(jnp.square(g.astype(at_least_float32(g)))).astype(dtype))
         entries.append(float(g.size))
         if axes:
             shards = _size(tuple(axis for axis in axes if axis in _varying(g)))
@@ -227,6 +234,10 @@ def _sums_of_squares(gradients: list[Any], dtype: Any, axis_name: Any) -> tuple[
     if axes:  # one sum over devices, for all leaves
         sums = list(jax.lax.psum(jnp.stack(sums), axes))  # type: ignore[no-untyped-call]
     return sums, entries
+
+
+def _axes(axis_name: Any) -> tuple[Any, ...]:
+    return () if axis_name is None else tuple(axis_name) if isinstance(axis_name, (tuple, list)) else (axis_name,)
 
 
 def _size(axes: tuple[str, ...]) -> int:
@@ -252,7 +263,7 @@ def _varying(x: jax.Array) -> frozenset[str]:
 
 def _zeros(p: Any, dtype: Any) -> jax.Array:
     """Zeros like a parameter, in `dtype`; a complex one in a real `dtype` becomes pairs along a new leading axis."""
-    dtype = _at_least_float32(p) if dtype is None else jax.dtypes.canonicalize_dtype(dtype)
+    dtype = at_least_float32(p) if dtype is None else jax.dtypes.canonicalize_dtype(dtype)
     zeros = jnp.zeros_like(p, dtype=dtype)
     if jnp.issubdtype(jnp.result_type(p), jnp.complexfloating) and not jnp.iscomplexobj(zeros):
         return jnp.stack([zeros, zeros])
@@ -271,9 +282,24 @@ def _from_reals(x: jax.Array, pairs: bool, dtype: Any = None) -> jax.Array:
     return x if dtype is None else x.astype(dtype)
 
 
-def _at_least_float32(x: Any) -> Any:
-    return jnp.promote_types(jnp.result_type(x), jnp.float32)
+def at_least_float32(*arrays: Any) -> Any:
+    """The type of arrays together, of which a narrower one would be widened."""
+    return _common(jnp.float32, *arrays)
 
 
-def _real(dtype: Any) -> Any:
-    return jnp.finfo(dtype).dtype  # type: ignore[no-untyped-call]
+def _inexact(*arrays: Any) -> Any:
+    """The type of arrays together; float32 for integers, of which an update is a fraction."""
+    dtype = _common(*arrays)
+    return dtype if jnp.issubdtype(dtype, jnp.inexact) else at_least_float32(dtype)
+
+
+def _real(*arrays: Any) -> Any:
+    """As `at_least_float32`, of the real and imaginary parts of complex arrays."""
+    return jnp.finfo(at_least_float32(*arrays)).dtype  # type: ignore[no-untyped-call]
+
+
+def _common(*arrays: Any) -> Any:
+    with jax.numpy_dtype_promotion(
+        "standard"
+    ):  # widening is meant, where the user has forbidden it to happen by chance
+        return jnp.result_type(*arrays)

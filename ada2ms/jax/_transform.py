@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import optax  # type: ignore[import-untyped]
 
 from ada2ms.core.hyperparameters import DEFAULT_NONFINITE, DEFAULT_SCOPE, DEFAULTS, Nonfinite, Scope, value_at
-from ada2ms.jax._rule import Finish, Rule, ScaleByAda2MSState, cast, check_number, map_updates, number
+from ada2ms.jax._rule import Finish, Rule, ScaleByAda2MSState, at_least_float32, cast, check_number, map_updates, number
 
 AxisName = str | Sequence[str] | None
 
@@ -50,7 +50,11 @@ def ada2ms(
         updates = jax.tree.map(lambda p, u: jnp.zeros_like(p) if u is None else u, params, updates)
 
     As everywhere in Optax, complex gradients are to be conjugated first. There is no `nesterov`: the AdamW of torch and
-    Keras has none, and the rule is one for all.
+    Keras has none, and the rule is one for all. There is no `eps_root` either: derivatives through an update are
+    finite without it, also where a gradient is 0.
+
+    `optax.inject_hyperparams` keeps hyperparameters in the parameters' type. In 16 bits b2 = 0.999 is 1, which is an
+    error: give it `hyperparam_dtype=jnp.float32` then.
 
     Args:
         learning_rate: a number, at least 0; or a schedule, given the count of completed updates.
@@ -75,7 +79,8 @@ def ada2ms(
         A transformation whose state is a `ScaleByAda2MSState`. Its `update` needs the parameters.
 
     Raises:
-        TypeError, ValueError: naming the argument, its value and what is allowed.
+        TypeError, ValueError: naming the argument, its value and what is allowed. (What JAX traces has no value yet,
+            and is taken as it is.)
 
     Example:
         >>> import jax, jax.numpy as jnp, optax
@@ -108,7 +113,7 @@ def ada2ms(
         if params is None:
             raise ValueError("Invalid params: None (update must be given the parameters, which weight decay is of)")
         lr, wd = number(value_at(learning_rate, count)), number(value_at(weight_decay, count))
-        params = jax.tree.map(lambda p: jnp.asarray(p, jnp.promote_types(jnp.result_type(p), jnp.float32)), params)
+        params = jax.tree.map(lambda p: jnp.asarray(p, at_least_float32(p)), params)
         decaying = optax.add_decayed_weights(wd, mask)  # for Optax' own reading of masks
         decay, _ = decaying.update(optax.tree.zeros_like(params), decaying.init(params), params)
         return map_updates(lambda u, w: -cast(lr, u.dtype) * (u + w), directions, decay)
