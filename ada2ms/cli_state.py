@@ -1,4 +1,10 @@
-"""`ada2ms state`: looks into, compares and converts optimizer states without their models."""
+"""`ada2ms state`: looks into, compares and converts optimizer states without their models.
+
+Besides states, it reads the checkpoints that say what is in them: those of torch, whose state dicts name things or can
+be given names, and those of `model.save` of Keras, which describe the model (of plain layers). It does not read those
+of `save_weights` of Keras, which number the optimizer's variables, nor what users of Optax save, which is a tree of
+their own: for these, load them as usual and call `export_state`.
+"""
 
 import argparse
 import json
@@ -10,14 +16,19 @@ import numpy as np
 
 from ada2ms.core.state import State, StateError
 
-_TORCH = (".pt", ".pth")
+_KINDS = {".safetensors": "state", ".pt": "torch", ".pth": "torch", ".keras": "keras"}
 
 
 def add(commands: Any) -> None:
     """Adds `state show`, `state diff` and `state convert` to the command line."""
-    parser = commands.add_parser("state", help="show, compare and convert optimizer states", description=__doc__)
+    parser = commands.add_parser(
+        "state",
+        help="show, compare and convert optimizer states",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     actions = parser.add_subparsers(required=True)
-    files = "a state (.safetensors), or a checkpoint of torch (.pt, .pth)"
+    files = "a state (.safetensors), or a checkpoint of torch (.pt, .pth) or Keras (.keras)"
 
     command = actions.add_parser("show", help="what a file holds")
     command.set_defaults(run=_reported(show))
@@ -28,10 +39,10 @@ def add(commands: Any) -> None:
     command.add_argument("file", type=Path, help=files)
     command.add_argument("other", type=Path, help=files)
 
-    command = actions.add_parser("convert", help="from torch to a state, or back")
+    command = actions.add_parser("convert", help="from torch or Keras to a state, or from a state to torch")
     command.set_defaults(run=_reported(convert))
     command.add_argument("file", type=Path, help=files)
-    command.add_argument("to", type=Path, help=files)
+    command.add_argument("to", type=Path, help="a state (.safetensors), or a checkpoint of torch (.pt, .pth)")
     for action in actions.choices.values():
         names = "a JSON list of the parameters' names in the optimizer's order, if a checkpoint of torch has none"
         action.add_argument("--names", type=Path, help=names)
@@ -95,12 +106,13 @@ def differences(left: State, right: State) -> list[str]:
 
 
 def convert(arguments: argparse.Namespace) -> int:
-    """Reads one kind of file and writes the other."""
-    kinds = {_is_torch(arguments.file), _is_torch(arguments.to)}
-    if len(kinds) == 1:
-        raise StateError("Cannot convert", ["one file must be a state (.safetensors), and one of torch (.pt, .pth)"])
+    """Reads one kind of file and writes another."""
+    kinds = _kind(arguments.file), _kind(arguments.to)
+    if kinds[0] == kinds[1] or kinds[1] == "keras":
+        problem = f"from {kinds[0]} to {kinds[1]} (must be between a state and torch, or from Keras to either)"
+        raise StateError("Cannot convert", [problem])
     state = _read(arguments.file, arguments.names)
-    if _is_torch(arguments.to):
+    if kinds[1] == "torch":
         from ada2ms.torch import checkpoint
 
         checkpoint.write(state, arguments.to)
@@ -125,27 +137,34 @@ def _reported(command: Any) -> Any:
 
 
 def _read(file: Path, names: Path | None) -> State:
-    if not _is_torch(file):
+    kind = _kind(file)
+    if kind == "state":
         return State.load(file)
+    if kind == "keras":
+        from ada2ms.tf import checkpoint as of_keras
+
+        return of_keras.read(file)
     from ada2ms.torch import checkpoint
 
-    called = None
-    if names is not None:
-        try:
-            called = json.loads(names.read_text())
-        except json.JSONDecodeError as error:
-            raise StateError(f"Cannot read {str(names)!r}", [f"not JSON ({error})"]) from None
-        if not isinstance(called, list) or not all(isinstance(name, str) for name in called):
-            raise StateError(f"Cannot read {str(names)!r}", ["not a list of names"])
-    return checkpoint.read(file, called)
+    return checkpoint.read(file, _names(names))
 
 
-def _is_torch(file: Path) -> bool:
-    if file.suffix not in (*_TORCH, ".safetensors"):
-        raise StateError(
-            f"Cannot tell what {str(file)!r} is", [f"its suffix must be .safetensors, {' or '.join(_TORCH)}"]
-        )
-    return file.suffix in _TORCH
+def _names(file: Path | None) -> list[str] | None:
+    if file is None:
+        return None
+    try:
+        names = json.loads(file.read_text())
+    except ValueError as error:
+        raise StateError(f"Cannot read {str(file)!r}", [f"not JSON ({error})"]) from None
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        raise StateError(f"Cannot read {str(file)!r}", ["not a list of names"])
+    return names
+
+
+def _kind(file: Path) -> str:
+    if file.suffix not in _KINDS:
+        raise StateError(f"Cannot tell what {str(file)!r} is", [f"its suffix must be one of {', '.join(_KINDS)}"])
+    return _KINDS[file.suffix]
 
 
 def _unequal(what: str, left: Any, right: Any) -> list[str]:

@@ -351,6 +351,81 @@ def test_convert(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert again.param_groups[0]["global_exp_avg_sq"] == ours.param_groups[0]["global_exp_avg_sq"]
 
 
+def test_checkpoints_of_torch_that_are_something_else(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Said in a sentence each; and decay that is part of Adam's gradient is not taken for the rule's."""
+    import torch
+
+    def converted(content: Any) -> tuple[int, str]:
+        torch.save(content, tmp_path / "a.pt")
+        status = main(["state", "convert", str(tmp_path / "a.pt"), str(tmp_path / "a.safetensors")])
+        return status, capsys.readouterr().err
+
+    def trained(kind: Any, **options: Any) -> Any:
+        optimizer = kind(model.named_parameters(), **options)
+        model(torch.ones(1, 3)).sum().backward()
+        optimizer.step()
+        return optimizer.state_dict()
+
+    model = torch.nn.Linear(3, 2)
+    for content, message in (
+        ([1], "its keys are []"),
+        ({"optimizer": {"state": {}, "param_groups": [{}]}}, "without betas"),
+        ({"optimizer": {"state": [], "param_groups": 3}}, "without betas"),
+        ({"optimizer": trained(torch.optim.SGD, momentum=0.9), "model": model.state_dict()}, "without betas"),
+        (trained(torch.optim.AdamW, amsgrad=True), "'bias' has ['exp_avg', 'exp_avg_sq', 'max_exp_avg_sq', 'step']"),
+        (trained(torch.optim.Adamax), "'bias' has ['exp_avg', 'exp_inf', 'step']"),
+        (torch.optim.AdamW(model.named_parameters()).state_dict(), "nothing is known of 'bias'"),
+        ({"optimizer_states": [trained(torch.optim.AdamW)] * 2}, "no state dict of one optimizer"),
+    ):
+        assert converted(content)[0] == 2
+        assert message in converted(content)[1]
+        assert not (tmp_path / "a.safetensors").exists()
+    lightning = {"optimizer_states": [trained(torch.optim.AdamW, weight_decay=0.1)], "state_dict": model.state_dict()}
+    assert converted(lightning) == (0, "")
+    state = State.load(tmp_path / "a.safetensors")
+    assert state.groups[0].hyper["weight_decay"] == 0.1
+    assert np.array_equal(state.parameters["weight"].param, model.weight.detach().numpy())
+    adam = trained(torch.optim.Adam, weight_decay=0.1)
+    if "decoupled_weight_decay" in adam["param_groups"][0]:  # since torch 2.7
+        assert converted(adam) == (0, "")
+        assert "weight_decay" not in State.load(tmp_path / "a.safetensors").groups[0].hyper
+
+
+def test_a_checkpoint_of_torch_is_written_whole_or_not_at_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "fsync", lambda _: 1 / 0)
+    (tmp_path / "a.pt").write_text("old")
+    with pytest.raises(ZeroDivisionError):
+        main(["state", "convert", str(FIXTURE), str(tmp_path / "a.pt")])
+    assert (tmp_path / "a.pt").read_text() == "old"
+    assert os.listdir(tmp_path) == ["a.pt"]
+
+
+@pytest.mark.keras
+def test_convert_from_keras(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """What `model.save` wrote is what `export_state` would have given, to a state or to torch."""
+    import keras
+
+    from ada2ms.tf import Ada2MS, export_state, plain_layers
+
+    saved, neutral, torch_file = (str(tmp_path / f"a.{suffix}") for suffix in ("keras", "safetensors", "pt"))
+    x, y = np.ones((4, 3), np.float32), np.ones((4, 2), np.float32)
+    model = keras.Sequential([keras.Input((3,)), keras.layers.Dense(2), keras.layers.LayerNormalization()])
+    model.save(saved)
+    assert main(["state", "convert", saved, neutral]) == 2
+    assert "it has no optimizer" in capsys.readouterr().err
+    for optimizer in (Ada2MS(2.0**-7, adaptivity=core.Linear(1, 0, 9)), keras.optimizers.AdamW(2.0**-7)):
+        model.compile(optimizer=optimizer, loss="mse")
+        model.fit(x, y, epochs=2, verbose=0)
+        model.save(saved)
+        assert main(["state", "convert", saved, neutral]) == 0
+        assert_equal(State.load(neutral), export_state(model, optimizer, **plain_layers(model)))
+        assert main(["state", "convert", saved, torch_file]) == 0
+        assert main(["state", "diff", saved, torch_file]) == 0
+    Path(saved).write_text("not a checkpoint")
+    assert main(["state", "show", saved]) == 2
+    assert "keras.saving.load_model" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -359,7 +434,9 @@ def test_convert(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
         (["show", "bad.pt"], "torch.load(weights_only=True)"),
         (["show", "other.pt"], "its keys are ['weight']"),
         (["show", "sgd.pt", "--names", "names.json"], "not JSON"),
-        (["convert", "a.safetensors", "b.safetensors"], "one file must be"),
+        (["convert", "a.safetensors", "b.safetensors"], "from state to state"),
+        (["convert", "a.safetensors", "b.keras"], "from state to keras"),
+        (["convert", "none.keras", "b.pt"], "There is no file 'none.keras'"),
         (["diff", "a.safetensors", "none.pt"], "none.pt"),
     ],
 )

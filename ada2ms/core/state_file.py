@@ -15,7 +15,7 @@ import json
 import os
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Final
+from typing import IO, Any, Final
 
 import numpy as np
 
@@ -30,7 +30,7 @@ _KEYS: Final = ("format", "format_version", "spec_version", "source", "state")
 
 
 def save(state: State, path: Path) -> None:
-    """Writes beside `path` and renames, so that there is the old file or the new one, whatever happens."""
+    """Writes a file, whole or not at all."""
     require("safetensors", "state")
     from safetensors.numpy import save as to_bytes
 
@@ -66,11 +66,15 @@ def save(state: State, path: Path) -> None:
         "state": json.dumps(content),
     }
     metadata["sha256"] = _checksum(metadata, tensors)
-    data = to_bytes(tensors, metadata)
+    write_whole(path, lambda file: file.write(to_bytes(tensors, metadata)))
+
+
+def write_whole(path: Path, write: Callable[[IO[bytes]], object]) -> None:
+    """Writes beside `path` and renames, so that there is the old file or the new one, whatever happens."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         with temporary.open("wb") as file:
-            file.write(data)
+            write(file)
             file.flush()
             os.fsync(file.fileno())
         temporary.replace(path)

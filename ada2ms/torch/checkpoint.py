@@ -8,16 +8,17 @@ import torch
 
 from ada2ms.core.schedules import AdaptivitySchedule
 from ada2ms.core.state import State, StateError
+from ada2ms.core.state_file import write_whole
 from ada2ms.torch.state import from_state_dict, tensor, to_state
 
-_OPTIMIZER: Final = ("optimizer", "optimizer_state_dict")
+_OPTIMIZER: Final = ("optimizer", "optimizer_state_dict", "optimizer_states")
 _MODEL: Final = ("model", "model_state_dict", "state_dict")
 
 
 def read(path: Path, names: Sequence[str] | None = None) -> State:
     """The state in a file of `torch.save`: the state dict of an optimizer (Ada2MS, AdamW or Adam), or a dict with one
-    under "optimizer" or "optimizer_state_dict" and, for the values, the model's under "model", "model_state_dict" or
-    "state_dict". Loaded with `weights_only=True`.
+    under "optimizer" or "optimizer_state_dict", or a list of one under "optimizer_states", as Lightning has it; and for
+    the values, the model's under "model", "model_state_dict" or "state_dict". Loaded with `weights_only=True`.
 
     Args:
         path: the file.
@@ -35,13 +36,19 @@ def read(path: Path, names: Sequence[str] | None = None) -> State:
         raise StateError(f"Cannot read {str(path)!r}", [f"torch.load(weights_only=True): {error}"]) from None
     held: Mapping[str, Any] = content if isinstance(content, Mapping) else {}
     optimizer = held if "param_groups" in held else next((held[key] for key in _OPTIMIZER if key in held), None)
+    if isinstance(optimizer, list) and len(optimizer) == 1:
+        optimizer = optimizer[0]
     if not isinstance(optimizer, Mapping) or not {"state", "param_groups"} <= set(optimizer):
-        problem = f"no state dict of an optimizer: its keys are {sorted(map(str, held))} (one must be in {_OPTIMIZER})"
+        problem = f"no state dict of one optimizer: its keys are {sorted(map(str, held))} (one must be in {_OPTIMIZER})"
+        raise StateError(f"Cannot read {str(path)!r}", [problem])
+    groups = optimizer["param_groups"]
+    if not (isinstance(groups, list) and all(isinstance(g, Mapping) and {"params", "betas"} <= set(g) for g in groups)):
+        problem = "an optimizer without betas (must be of Ada2MS, AdamW or Adam)"
         raise StateError(f"Cannot read {str(path)!r}", [problem])
     model: Mapping[str, Any] = next((held[key] for key in _MODEL if key in held and held is not optimizer), {})
-    counts = [len(group["params"]) for group in optimizer["param_groups"]]
+    counts = [len(group["params"]) for group in groups]
     if names is None:
-        called = [group.get("param_names") for group in optimizer["param_groups"]]
+        called = [group.get("param_names") for group in groups]
         if None in called:
             problem = "it does not name its parameters: the optimizer was not made from named_parameters(); give names"
             raise StateError(f"Cannot read {str(path)!r}", [problem])
@@ -54,7 +61,9 @@ def read(path: Path, names: Sequence[str] | None = None) -> State:
 
 
 def write(state: State, path: Path) -> None:
-    """Writes {"optimizer": a state dict that Ada2MS and AdamW load, "model": the values, if the state has them}."""
+    """Writes, whole or not at all, {"optimizer": a state dict that Ada2MS and AdamW load, "model": the values, if the
+    state has them}.
+    """
     entries = [state.parameters[name] for group in state.groups for name in group.params]
     groups, start = [], 0
     for group in state.groups:
@@ -74,4 +83,4 @@ def write(state: State, path: Path) -> None:
     values = {name: tensor(entry.param) for name, entry in state.parameters.items() if entry.param is not None}
     if values:
         content["model"] = values
-    torch.save(content, path)
+    write_whole(path, lambda file: torch.save(content, file))

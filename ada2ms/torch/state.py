@@ -25,6 +25,7 @@ from ada2ms.core.state import (
 from ada2ms.torch.optimizer import Ada2MS, wide
 
 Model = nn.Module | Mapping[str, Tensor]
+_SLOTS = {"step", "exp_avg", "exp_avg_sq"}  # what Ada2MS, AdamW and Adam keep of a parameter
 
 
 def export_state(
@@ -71,14 +72,21 @@ def from_state_dict(
         names: as for `export_state`; and so are the others.
         axes: as there.
         values: as there.
+
+    Raises:
+        StateError: listing every parameter of which it has another state, or none.
     """
-    entries, groups = {}, []
+    entries, groups, problems = {}, [], []
     for given, own in zip(state_dict["param_groups"], called, strict=True):
         for name, index in zip(own, given["params"], strict=True):
             state = state_dict["state"].get(index, {})
             value = params.get(name)
-            if value is None and "exp_avg" not in state:
-                raise StateError("The state cannot be exported", [f"nothing is known of {name!r}"])
+            if state and not _SLOTS <= set(state) <= {*_SLOTS, "global_exp_avg_sq"}:
+                problems.append(f"{name!r} has {sorted(state)} (must be of Ada2MS, AdamW or Adam, and without amsgrad)")
+                continue
+            if value is None and not state:
+                problems.append(f"nothing is known of {name!r}: it has had no update, and its value is not there")
+                continue
             s = state.get("global_exp_avg_sq")
             zeros = np.zeros((), np.float32) if value is None else np.zeros_like(_numpy(value))
             entries[name] = Entry(
@@ -89,6 +97,8 @@ def from_state_dict(
                 param=_numpy(value) if values and value is not None else None,
             )
         hyper = {**given, "b1": given["betas"][0], "b2": given["betas"][1]}
+        if given.get("decoupled_weight_decay") is False and given["weight_decay"]:
+            del hyper["weight_decay"]  # Adam's, which is a part of the gradient, has no place in the rule
         if isinstance(hyper.get("adaptivity"), dict):
             hyper["adaptivity"] = from_dict(hyper["adaptivity"])
         group = Group(list(own), plain_hyperparameters(hyper))
@@ -97,6 +107,8 @@ def from_state_dict(
             if given["scope"] == "model":
                 group.global_exp_avg_sq = float(given["global_exp_avg_sq"])
         groups.append(group)
+    if problems:
+        raise StateError("The state cannot be exported", problems)
     entries, renamed = outward(entries, names, axes, params)
     for group in groups:
         group.params = [renamed[name] for name in group.params]
