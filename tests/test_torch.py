@@ -292,30 +292,6 @@ def test_a_schedule_out_of_range_is_an_error() -> None:
         optimizer.step()
 
 
-@pytest.mark.parametrize(
-    "make",
-    [
-        lambda o: torch.optim.lr_scheduler.StepLR(o, 2, 0.5),
-        lambda o: torch.optim.lr_scheduler.OneCycleLR(o, 0.1, total_steps=9),
-        lambda o: torch.optim.lr_scheduler.CyclicLR(o, 0.01, 0.1, step_size_up=2),
-        lambda o: torch.optim.lr_scheduler.ReduceLROnPlateau(o, patience=0),
-    ],
-    ids=["StepLR", "OneCycleLR", "CyclicLR", "ReduceLROnPlateau"],
-)
-def test_learning_rate_schedulers(make: Callable[[Any], Any]) -> None:
-    """At adaptivity 1, with the scheduler that AdamW has (it also changes betas), the parameters are AdamW's."""
-    ours, theirs = parameters(dtype=torch.float64), parameters(dtype=torch.float64)
-    optimizers = [Ada2MS(ours, lr=0.1, adaptivity=1), torch.optim.AdamW(theirs, lr=0.1)]
-    schedulers = [make(optimizer) for optimizer in optimizers]
-    for step in range(8):
-        for params, optimizer, scheduler in zip((ours, theirs), optimizers, schedulers, strict=True):
-            give_gradients(params, step)
-            optimizer.step()
-            scheduler.step(*([1.0] if isinstance(scheduler, torch.optim.lr_scheduler.ReduceLROnPlateau) else []))
-    assert optimizers[0].param_groups[0]["lr"] == optimizers[1].param_groups[0]["lr"] != 0.1
-    assert_same(ours, theirs, 1e-13)
-
-
 def test_closure_and_hooks() -> None:
     p, called = nn.Parameter(torch.ones(2)), []
     optimizer = Ada2MS([("weight", p)])

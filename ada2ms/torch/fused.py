@@ -83,6 +83,8 @@ def _cuda() -> ModuleType | None:
 
 def supports(tensors: Sequence[Tensor]) -> bool:
     """Whether there is a kernel for these, all on CPUs or all on CUDA; compiles it if need be."""
+    if not all(type(x) is Tensor for x in tensors):  # torch's FakeTensor, which has no data, among others
+        return False
     if all(x.is_cpu for x in tensors):
         return library() is not None
     return all(x.is_cuda for x in tensors) and _cuda() is not None

@@ -10,6 +10,7 @@ from torch.optim.optimizer import (
     Optimizer,
     ParamsT,
     StateDict,
+    _device_dtype_check_for_fused,
     _use_grad_for_differentiable,
 )
 
@@ -183,6 +184,8 @@ class Ada2MS(Optimizer):
                 raise RuntimeError("Ada2MS does not support sparse gradients")
             state = self.state[p]
             if len(state) == 0:
+                if group["fused"] and p.is_meta:
+                    _device_dtype_check_for_fused(p)  # raises
                 on_device = _counts_on_device(group, p.device)
                 dtype = _count_dtype(group["fused"])
                 state["step"] = torch.zeros((), dtype=dtype, device=p.device if on_device else "cpu")

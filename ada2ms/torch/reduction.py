@@ -84,21 +84,33 @@ def whole(values: Tensor, tensors: Sequence[Any], *, each: bool) -> Tensor:
     from torch.distributed.tensor import DTensor, Partial, Replicate
 
     plain = [i for i, tensor in enumerate(tensors) if not _is_sharded(tensor)]
-    order, results = list(plain), [values[plain] if each else values[plain].sum()]
+    order, results = list(plain), []
+    if plain:
+        part = _some(values, dict.fromkeys(plain, 1))
+        results.append(part if each else part.sum())
     for mesh, divided in by_mesh.items():
         reduced = [any(column) for column in zip(*divided.values(), strict=True)]
-        copies = [
-            math.prod(mesh.size(dim) for dim in range(mesh.ndim) if reduced[dim] and not divided[i][dim])
+        copies = {
+            i: math.prod(mesh.size(dim) for dim in range(mesh.ndim) if reduced[dim] and not divided[i][dim])
             for i in divided
-        ]
-        part = values[list(divided)] / torch.tensor(copies, dtype=values.dtype, device=values.device)
+        }
+        part = _some(values, copies)
         placements = [Partial() if dim else Replicate() for dim in reduced]
         part = DTensor.from_local(part if each else part.sum(), mesh, placements, run_check=False)
         results.append(part.full_tensor())
         order += divided
     if not each:
         return torch.stack(results).sum()
-    return torch.cat(results)[torch.tensor(order, device=values.device).argsort()]
+    found = dict(zip(order, torch.cat(results).unbind(), strict=True))
+    return torch.stack([found[i] for i in range(len(found))])
+
+
+def _some(values: Tensor, divisors: dict[int, int]) -> Tensor:
+    """The values of these indices, each by its divisor; without a list in the device's memory, which waits for it."""
+    if list(divisors) == list(range(len(values))) and set(divisors.values()) == {1}:
+        return values
+    parts = values.unbind()
+    return torch.stack(torch._foreach_div([parts[i] for i in divisors], [float(n) for n in divisors.values()]))
 
 
 def among(group: Any, values: Tensor, tensors: Sequence[Any], like: Tensor) -> tuple[Tensor, Tensor]:

@@ -27,6 +27,7 @@ class Batch:
     steps: list[Tensor] = field(default_factory=list)
     global_exp_avg_sqs: list[Tensor] = field(default_factory=list)  # one; with scope "tensor" one per tensor
     counts: list[Tensor] = field(default_factory=list)  # k, and the skipped steps
+    adaptivity: Scalar = 0.0  # in this step
     plain: bool = False  # whether all are whole, and real
     fused: bool = False  # whether this step is by the fused kernel
 
@@ -48,6 +49,8 @@ def ada2ms(
     params = [p for batch in batches for p in batch.params]
     if not params and shard_group is None:
         return
+    if grad_scale is not None:
+        grad_scale = grad_scale.reshape(())
     for batch in batches:
         batch.plain = not torch.compiler.is_compiling() and all(map(is_plain, batch.params))
         if not batch.plain:
@@ -60,6 +63,8 @@ def ada2ms(
     group = batches[0].group
     each, dtype = group["scope"] == "tensor", group["global_exp_avg_sq"].dtype
     squared = _squares(batches, grad_scale, dtype)
+    if squared.is_meta:  # shapes without values
+        return
     sizes = [entries(p) for p in params]
     live: Tensor | None = None
     size: int | Tensor = max(sum(sizes), 1)
@@ -77,19 +82,21 @@ def ada2ms(
     if group["nonfinite"] == "skip":
         finite = sums.sum().isfinite()
         for batch in batches:
-            writable(batch.counts[1]).add_(~finite)
+            writable(batch.counts[1]).add_(finite.logical_not())
         live = finite if live is None else live & finite
     if live is not None and on_host:
         if not live.item():
             return
         live = None
 
+    for batch in batches:  # of all, before anything changes
+        batch.adaptivity = _adaptivity(batch, live)
     if not each:
         mean = sums / size
         for batch in batches:
             _update(batch, [mean], live, grad_scale)
         return
-    means = (sums / torch.tensor([max(n, 1) for n in sizes], dtype=dtype, device=sums.device)).unbind()
+    means = torch._foreach_div(sums.unbind(), [float(max(n, 1)) for n in sizes]) if sizes else ()
     start = 0
     for batch in batches:
         end = start + len(batch.params)
@@ -108,8 +115,26 @@ def _squares(batches: Sequence[Batch], grad_scale: Tensor | None, dtype: torch.d
 
 
 def _on_host(group: dict[str, Any], tensor: Tensor) -> bool:
-    """Whether Python may read this scalar without waiting for a device."""
-    return tensor.is_cpu and not group["capturable"] and not torch.compiler.is_compiling()
+    """Whether Python may read this scalar without waiting for a device; torch's FakeTensor it may not."""
+    return tensor.is_cpu and type(tensor) is Tensor and not group["capturable"] and not torch.compiler.is_compiling()
+
+
+def _scalar(value: Any, on_host: bool) -> Any:
+    """A number where the host may know it, else a 0-d tensor."""
+    if not isinstance(value, Tensor):
+        return value
+    return value.item() if on_host else value.reshape(())
+
+
+def _adaptivity(batch: Batch, live: Tensor | None) -> Scalar:
+    """The adaptivity of a group in this step; raises where it is a number and is none that is allowed."""
+    group, k = batch.group, batch.counts[0]
+    on_host = live is None and _on_host(group, k)
+    count = int(k.item()) if on_host else k.to(group["global_exp_avg_sq"].dtype)
+    adaptivity: Scalar = _scalar(value_at(group["adaptivity"], count), on_host and not group["differentiable"])
+    if not isinstance(adaptivity, Tensor) and not torch.compiler.is_compiling():
+        check("adaptivity", adaptivity, schedule=False)
+    return adaptivity
 
 
 def _update(batch: Batch, means: Sequence[Tensor], live: Tensor | None, grad_scale: Tensor | None) -> None:
@@ -117,18 +142,8 @@ def _update(batch: Batch, means: Sequence[Tensor], live: Tensor | None, grad_sca
     group, (k, _), dtype = batch.group, batch.counts, means[0].dtype if means else torch.float32
     on_host = live is None and _on_host(group, k)
     differentiable = group["differentiable"]
-
-    def scalar(value: Any) -> Any:
-        """A number where the host may know it, else a 0-d tensor."""
-        if not isinstance(value, Tensor):
-            return value
-        return value.item() if on_host and not differentiable else value.reshape(())
-
-    lr, weight_decay = scalar(group["lr"]), scalar(group["weight_decay"])
-    beta1, beta2 = scalar(group["betas"][0]), scalar(group["betas"][1])
-    adaptivity = scalar(value_at(group["adaptivity"], int(k.item()) if on_host else k.to(dtype)))
-    if callable(group["adaptivity"]) and not isinstance(adaptivity, Tensor):
-        check("adaptivity", adaptivity, schedule=False)
+    numbers = (group["lr"], group["weight_decay"], *group["betas"])
+    lr, weight_decay, beta1, beta2 = [_scalar(x, on_host and not differentiable) for x in numbers]
     counts = [k, *batch.steps]
     if live is None and not torch.compiler.is_compiling():
         torch._foreach_add_(counts, 1)
@@ -150,7 +165,7 @@ def _update(batch: Batch, means: Sequence[Tensor], live: Tensor | None, grad_sca
         value: Scalar = s.clone() if differentiable else s.item() if on_host and s.is_cpu else s
         s_hats.append(value / correction(beta2, count.item() if on_host else count, s.dtype))
     if group["scope"] == "model":
-        s_hats *= len(batch.params)
+        s_hats = s_hats * len(batch.params)
 
     if not batch.params:
         return
@@ -160,7 +175,7 @@ def _update(batch: Batch, means: Sequence[Tensor], live: Tensor | None, grad_sca
         beta2,
         group["eps"],
         weight_decay,
-        adaptivity,
+        batch.adaptivity,
         group["maximize"],
         differentiable,
         live,
