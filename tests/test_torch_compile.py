@@ -11,7 +11,10 @@ from ada2ms.torch import Ada2MS
 from support import place, require_device
 
 # Torch's compiler itself: what it imports, and what it says when it compiles.
-pytestmark = pytest.mark.filterwarnings("ignore:`torch.jit.script.*` is deprecated:DeprecationWarning")
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:`torch.jit.script.*` is deprecated:DeprecationWarning"),
+    pytest.mark.filterwarnings("ignore:Skipping serialization of skipfiles_inline_module_allowlist:UserWarning"),
+]
 STEPS = 8
 
 
