@@ -2,8 +2,8 @@
 
     python benchmarks/jax_step.py [--rounds 40] [--parameters 20] [--small] [--clip]
 
-Both are jitted with donated buffers, over a tree of the sizes of a small transformer, or with --small over 200 leaves of
-64x64. Prints the median over rounds of milliseconds a step and of the ratio to adamw in the same round, and what the
+Both are jitted with donated buffers, over a tree of the sizes of a small transformer, or with --small over 200 leaves
+of 64x64. Prints the median over rounds of milliseconds a step and of the ratio to adamw in the same round, and what the
 compiler says of the step: bytes accessed for each parameter, and the size of temporaries. With --clip,
 optax.clip_by_global_norm stands before both.
 """

@@ -4,6 +4,7 @@ The time is for benchmarks/jax_step.py to tell; these numbers are the compiler's
 """
 
 import importlib.util
+import re
 from pathlib import Path
 from typing import Any
 
@@ -25,15 +26,20 @@ SMALL = 0.01  # of a tree of leaves: scalars, a count for each leaf, and what a 
 CLIP = optax.clip_by_global_norm(1.0)
 
 
-def cost(optimizer: Any) -> tuple[float, float]:
-    """Bytes accessed, and bytes of temporaries, for each parameter."""
+def compiled(optimizer: Any, leaves: list[jax.Array] = LEAVES) -> Any:
+    """The step of the benchmark."""
     path = Path(__file__).parents[1] / "benchmarks" / "jax_step.py"
     spec = importlib.util.spec_from_file_location("jax_step", path)
     assert spec is not None
     assert spec.loader is not None
     benchmark = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(benchmark)
-    step = benchmark.compiled(optimizer, LEAVES)
+    return benchmark.compiled(optimizer, leaves)
+
+
+def cost(optimizer: Any) -> tuple[float, float]:
+    """Bytes accessed, and bytes of temporaries, for each parameter."""
+    step = compiled(optimizer)
     return step.cost_analysis()["bytes accessed"] / ENTRIES, step.memory_analysis().temp_size_in_bytes / ENTRIES
 
 
@@ -52,3 +58,16 @@ def test_after_a_clip_no_more_than_adamw(adaptivity: float) -> None:
     adamw, its_temporary = cost(optax.chain(CLIP, optax.adamw(1e-3)))
     assert read <= adamw
     assert temporary <= its_temporary + 4 * SMALL
+
+
+@pytest.mark.parametrize("options", [{}, {"adaptivity": 0.7}, {"scope": "tensor"}, {"nonfinite": "skip"}])
+def test_operands_grow_with_the_leaves_alone(options: dict[str, Any]) -> None:
+    """And not with their square, as where every leaf's loop sums all leaves' sums to know whether it is to skip."""
+
+    def operands(leaves: int) -> int:
+        text = compiled(ada2ms(**options), [jnp.ones((32, 32))] * leaves).as_text()
+        fusions = re.findall(r" fusion\(([^)]*)\)", text[text.index("ENTRY") :])
+        assert len(fusions) > 3 * leaves
+        return sum(fusion.count("%") for fusion in fusions)
+
+    assert operands(16) < 2.2 * operands(8)

@@ -53,6 +53,8 @@ def test_inject_hyperparams_into_bfloat16_needs_a_wider_dtype() -> None:
     injected = optax.inject_hyperparams(ada2ms, hyperparam_dtype=jnp.float32)(learning_rate=0.1)
     after, _ = train(injected, params, [params] * 3)
     assert_equal(after, train(ada2ms(0.1), params, [params] * 3)[0])
+    with pytest.raises(ValueError, match=r"1, dtype=bfloat16\) \(b2 must be a number in \[0, 1\)\)"):
+        optax.inject_hyperparams(ada2ms)(learning_rate=0.1).init(params)
 
 
 def test_apply_if_finite() -> None:
