@@ -136,6 +136,21 @@ def test_the_power_on_jax() -> None:
         np.testing.assert_allclose(found, expected, rtol=1e-6)
 
 
+@pytest.mark.skipif(BACKEND != "jax", reason="about what XLA makes of it")
+def test_skipping_makes_no_sum_for_each_variable() -> None:
+    """Of 40 variables of 4: 2.3 times the operations, which are 3.8 where XLA sums all sums for each variable anew."""
+    import jax
+
+    flops = []
+    for arguments in ({}, {"nonfinite": "skip"}):
+        targets, optimizer = variables(arrays(0, [(2, 2)] * 40)), Ada2MS(**arguments)
+        optimizer.build(targets)
+        values, found = [v.value for v in targets], [v.value for v in optimizer.variables]
+        compiled = jax.jit(optimizer.stateless_apply).lower(found, values, values).compile()
+        flops.append(compiled.cost_analysis()["flops"])
+    assert flops[1] < 3 * flops[0]
+
+
 def test_no_variables_and_no_gradients() -> None:
     optimizer = Ada2MS()
     optimizer.build([])

@@ -262,7 +262,8 @@ class Ada2MS(keras.optimizers.Optimizer):  # type: ignore[misc]
         n = len(self._trainable_variables)
         present = np.zeros(n, bool)
         present[indices] = True
-        finite = ops.isfinite(total) if self.nonfinite == "skip" else None
+        # Finite where the total is; but every variable asks, and XLA makes a total once more for many, and no root.
+        finite = ops.isfinite(ops.sqrt(total)) if self.nonfinite == "skip" else None
 
         def kept(new: Tensor, old: Any) -> Tensor:
             """The new value, or, in a step that is skipped, the old one."""
