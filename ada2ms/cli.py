@@ -40,8 +40,18 @@ def steps(text: str) -> int:
     return int(text)
 
 
+def seed(text: str) -> int:
+    """A whole number, at least 0."""
+    if not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"Invalid seed: {text!r} (must be a whole number, at least 0)")
+    return int(text)
+
+
 def demo(arguments: argparse.Namespace) -> int:
-    """Trains the same network in every framework; 0 if the trajectories stay together, 1 if not, 2 if it cannot run."""
+    """Trains the same network in every framework; 0 if the trajectories stay together, 1 if not, 2 if it cannot run.
+
+    130 if it is interrupted.
+    """
     absent = [module for module in ("sklearn", "matplotlib", "rich") if find_spec(module) is None]
     if absent:
         print(f"The demo needs {', '.join(absent)}: pip install 'ada2ms[demo]'", file=sys.stderr)
@@ -62,17 +72,26 @@ def demo(arguments: argparse.Namespace) -> int:
 
     from ada2ms.demo import report
 
-    with Progress(console=console) as progress:
-        runs = [
-            train(
-                legs,
-                arguments.steps,
-                arguments.seed,
-                arguments.adaptivity,
-                partial(progress.track, total=arguments.steps, description="->".join(legs)),
-            )
-            for legs in ([[name] for name in installed] + ([[*installed, installed[0]]] if arguments.handoff else []))
-        ]
+    try:
+        arguments.out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        print(f"Invalid out: {str(arguments.out)!r} ({error.strerror})", file=sys.stderr)
+        return 2
+    try:
+        with Progress(console=console) as progress:
+            runs = [
+                train(
+                    legs,
+                    arguments.steps,
+                    arguments.seed,
+                    arguments.adaptivity,
+                    partial(progress.track, total=arguments.steps, description="->".join(legs)),
+                )
+                for legs in [*([name] for name in installed), *([[*installed, installed[0]]] * arguments.handoff)]
+            ]
+    except KeyboardInterrupt:
+        print("Stopped", file=sys.stderr)
+        return 130
     file = arguments.out / "trajectories.png"
     report.picture(runs, file)
     if arguments.json:
@@ -94,7 +113,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     command = commands.add_parser("demo", help="train the same network on real data in every installed framework")
     command.set_defaults(run=demo)
     command.add_argument("--steps", type=steps, default=200, help="batches to train on (default: %(default)s)")
-    command.add_argument("--seed", type=int, default=0, help="of the weights and batches (default: %(default)s)")
+    command.add_argument("--seed", type=seed, default=0, help="of the weights and batches (default: %(default)s)")
     command.add_argument(
         "--adaptivity",
         type=adaptivity,

@@ -84,7 +84,7 @@ def compare(arguments: argparse.Namespace) -> int:
                     cifar=arguments.cifar,
                     progress=lambda done, total: bar.update(task, completed=done, total=total),
                 )
-    except (runner.CompareError, ValueError) as error:
+    except (runner.CompareError, OSError, ValueError) as error:
         print(error, file=sys.stderr)
         return 2
     except KeyboardInterrupt:

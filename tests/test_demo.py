@@ -119,6 +119,7 @@ def test_adaptivity(text: str, value: object) -> None:
         (["--adaptivity", "linear:1:0"], "must be linear:start:end:steps"),
         (["--adaptivity", "square:1:0"], "one of constant, linear, cosine, exponential"),
         (["--adaptivity", "linear:1:0:1.5"], "Invalid adaptivity: 'linear:1:0:1.5'"),
+        (["--seed", "-1"], "Invalid seed: '-1' (must be a whole number, at least 0)"),
         (["--steps", "0"], "Invalid steps: '0' (must be a whole number above 0)"),
         (["--frameworks", "mxnet"], "invalid choice: 'mxnet'"),
     ],
@@ -128,6 +129,26 @@ def test_bad_arguments(arguments: list[str], message: str, capsys: pytest.Captur
         main(["demo", *arguments])
     assert exit_.value.code == 2
     assert message in capsys.readouterr().err
+
+
+def test_a_folder_that_cannot_be_is_an_error_before_the_training(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "file").touch()
+    monkeypatch.setattr(run, "train", lambda *_: pytest.fail("has trained"))
+    assert main(["demo", "--out", str(tmp_path / "file"), "--frameworks", "torch"]) == 2
+    assert "Invalid out: " in capsys.readouterr().err
+
+
+def test_an_interrupted_demo(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupted(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(run, "train", interrupted)
+    assert main(["demo", "--out", str(tmp_path), "--frameworks", "torch"]) == 130
+    assert capsys.readouterr().err == "Stopped\n"
 
 
 def test_as_a_module() -> None:

@@ -128,7 +128,8 @@ class Protocol:
                 for run in self.chosen(task, optimizer, records):
                     if run.key not in records:
                         found[run.stage].append(run)
-        return [*found["rate"], *found["decay"], *found["test"]]
+        # Seed by seed, so that a comparison that is not finished has as many of them for each task and optimizer.
+        return [*found["rate"], *found["decay"], *sorted(found["test"], key=lambda run: run.seed)]
 
     def chosen(self, task: str, optimizer: str, records: Records) -> list[Run]:
         """The runs of one optimizer on one task, done or not, as far as it is known which they are."""

@@ -9,6 +9,7 @@ import multiprocessing
 import os
 import platform
 import signal
+import threading
 from collections.abc import Callable
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from dataclasses import asdict
@@ -136,7 +137,16 @@ def _start() -> None:
     signal.signal(
         signal.SIGINT, signal.SIG_DFL
     )  # Ctrl-C ends workers at once, and the parent says what there is to say
+    threading.Thread(target=_end_with_parent, daemon=True).start()
     torch.set_num_threads(1)
+
+
+def _end_with_parent() -> None:
+    """A pool's workers outlive a parent that is killed, and wait for work for ever."""
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        parent.join()
+        os._exit(1)
 
 
 def _work(run: Run, protocol: Protocol, device: str, cifar: Path | None) -> Record:
