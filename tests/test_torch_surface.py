@@ -47,6 +47,7 @@ def gradient(step: int) -> Tensor:
     return torch.sin(torch.arange(3, dtype=torch.float64) + step)
 
 
+@pytest.mark.filterwarnings("ignore:The epoch parameter in `scheduler.step:UserWarning")  # torch 2.6's SequentialLR
 @pytest.mark.parametrize("tensor", [False, True])
 @pytest.mark.parametrize("name", SCHEDULERS)
 def test_learning_rate_schedulers(name: str, tensor: bool) -> None:
@@ -73,11 +74,11 @@ def test_learning_rate_schedulers(name: str, tensor: bool) -> None:
             p.grad = gradient(step)
             optimizer.step()
             scheduler.step(*([1.0] if name == "ReduceLROnPlateau" else []))
-            rates.append(float(optimizer.param_groups[0]["lr"]))
-            assert isinstance(optimizer.param_groups[0]["lr"], Tensor) == tensor
+            lr = optimizer.param_groups[0]["lr"]  # in torch 2.6, some schedulers replace a tensor by a number
+            rates.append((float(lr), type(lr)))
         trained.append((p.detach(), rates))
     assert trained[0][1] == trained[1][1]
-    assert trained[0][1][-1] != 0.1
+    assert trained[0][1][-1][0] != 0.1
     torch.testing.assert_close(trained[0][0], trained[1][0], rtol=1e-13, atol=0)
 
 
