@@ -121,11 +121,13 @@ def jit_auto() -> None:
 
 
 def assert_all_reduces(optimizer: Any, params: Any) -> None:
-    """Under jit the compiler makes one for each axis along which leaves are sharded, however many they are."""
+    """Under jit the compiler makes one for each different entry in the leaves' specs, however many leaves there are."""
     update = jax.jit(functools.partial(advance, optimizer))
     assert all_reduces(update, params, optimizer.init(params), params) == 2
-    alike = [params["out"]] * 24
-    assert all_reduces(update, alike, optimizer.init(alike), alike) == 1
+    leaf = params["out"]
+    for found, spec in ((1, P("y")), (1, P(("x", "y"))), (2, P("x", "y"))):
+        alike = [jax.device_put(leaf, NamedSharding(leaf.sharding.mesh, spec))] * 6
+        assert all_reduces(update, alike, optimizer.init(alike), alike) == found
 
 
 def jit_explicit() -> None:
