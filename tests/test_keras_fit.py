@@ -373,7 +373,7 @@ def test_what_adamw_saved_is_not_taken_for_this(tmp_path: Any) -> None:
     adamw.save_weights(tmp_path / "model.weights.h5")
     model = fitted(Ada2MS(0.01), epochs=1)
     before = state(model)[4:]
-    with pytest.warns(UserWarning, match="Skipping variable loading for optimizer 'ada2ms'"):
+    with pytest.warns(UserWarning, match="Skipping variable loading for optimizer 'ada2"):
         model.load_weights(tmp_path / "model.weights.h5")
     assert_equal(model.get_weights(), adamw.get_weights())
     assert_equal(state(model)[4:], before)

@@ -344,6 +344,15 @@ def test_without_state(make: Make) -> None:
     assert_close([numpy(values[0])], [after(make(), UNEVEN, ONES)])
 
 
+def test_without_state_variables_are_taken_too(make: Make) -> None:
+    if BACKEND == "tensorflow":
+        pytest.skip("Keras has no stateless_apply on TensorFlow")
+    optimizer, target = make(), variable()
+    optimizer.build([target])
+    values, _ = optimizer.stateless_apply(optimizer.variables, [ops.convert_to_tensor(UNEVEN)], [target])
+    assert_close([numpy(values[0])], [after(make(), UNEVEN)])
+
+
 def test_without_state_nothing_given_changes(make: Make, request: pytest.FixtureRequest) -> None:
     if BACKEND == "tensorflow":
         pytest.skip("Keras has no stateless_apply on TensorFlow")
@@ -371,6 +380,20 @@ def test_configuration(make: Make) -> None:
         assert type(restored) is type(given)
         assert restored.get_config() == given.get_config()
         assert restored.name == "mine"
+
+
+def test_each_has_a_name(make: Make) -> None:
+    first, second = make(), make()
+    assert first.name != second.name or type(first) is keras.optimizers.AdamW  # which older Keras always calls adamw
+    assert make(name="mine").name == "mine"
+
+
+def test_gradients_of_another_precision(make: Make) -> None:
+    target, optimizer = variable(), make()
+    for g in (UNEVEN, ONES):
+        optimizer.apply([ops.convert_to_tensor(g.astype("float64"))], [target])
+    assert str(numpy(target).dtype) == "float32"
+    assert_close([numpy(target)], [after(make(), UNEVEN, ONES)])
 
 
 def test_by_name(make: Make) -> None:

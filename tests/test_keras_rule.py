@@ -222,12 +222,25 @@ def test_16_bit_variables_with_what_keras_does_first(dtype: str, arguments: dict
     assert not np.array_equal(numpy(targets[0]), numpy(variables(values, dtype)[0]))
 
 
-def test_float64_variables() -> None:
+def skip_without_float64() -> None:
     if BACKEND == "jax":
         import jax
 
         if not jax.config.jax_enable_x64:
             pytest.skip("JAX has no float64 unless told at start; tests/test_trajectories.py tells it")
+
+
+@pytest.mark.parametrize("epsilon", [0.0, 1e-8])
+def test_zeros_give_no_nan_in_float64(epsilon: float) -> None:
+    """Also where Keras' own precision is float32, in which the smallest numbers of float64 are 0."""
+    skip_without_float64()
+    target = keras.Variable(np.ones(2), dtype="float64")
+    Ada2MS(epsilon=epsilon, weight_decay=0.0).apply([ops.zeros(2)], [target])
+    np.testing.assert_array_equal(numpy(target), np.ones(2))
+
+
+def test_float64_variables() -> None:
+    skip_without_float64()
     values, rows = arrays(0), [arrays(i) for i in range(1, 6)]
     targets, optimizer = variables(values, "float64"), Ada2MS(0.125, adaptivity=core.Linear(1.0, 0.0, steps=3))
     for row in rows:

@@ -33,6 +33,7 @@ def update(
 ) -> None:
     """Updates variables and moments in place; `sizes`, `epsilons`, `decay` and `adaptivity` are those of a `Step`."""
     wide = [x.to(m.dtype) for x, m in zip(variables, momentums, strict=True)]  # the same, unless they are of 16 bits
+    gradients = [g.to(m.dtype) for g, m in zip(gradients, momentums, strict=True)]
     torch._foreach_lerp_(momentums, gradients, 1 - beta_1)
     torch._foreach_mul_(velocities, beta_2)
     torch._foreach_addcmul_(velocities, gradients, gradients, 1 - beta_2)

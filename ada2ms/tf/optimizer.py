@@ -109,7 +109,7 @@ class Ada2MS(keras.optimizers.Optimizer):  # type: ignore[misc]
         ema_overwrite_frequency: int | None = None,
         loss_scale_factor: float | None = None,
         gradient_accumulation_steps: int | None = None,
-        name: str = "ada2ms",
+        name: str | None = None,
         **kwargs: Any,
     ) -> None:
         check("lr", learning_rate, "learning_rate")
@@ -297,7 +297,7 @@ class Ada2MS(keras.optimizers.Optimizer):  # type: ignore[misc]
         lr = ops.cast(learning_rate, self._dtype)
         c = s_hat ** ((1 - a) / 2) / self._correction(b2, counted) ** (a / 2)
         still = c == 0  # no gradient has been other than 0, or all squares were lost, and epsilon is all of d
-        c = ops.where(still, float(np.finfo(self._dtype).tiny) ** 0.5, c)
+        c = ops.where(still, ops.convert_to_tensor(float(np.finfo(self._dtype).tiny) ** 0.5, self._dtype), c)
         sizes = lr / self._correction(b1, counted) / c
         if self.epsilon < _SMALL_EPSILON:
             sizes = ops.where(still, 0, sizes)
@@ -354,8 +354,10 @@ class Ada2MS(keras.optimizers.Optimizer):  # type: ignore[misc]
     ) -> tuple[list[Tensor], list[Tensor]]:
         """As in every Keras optimizer. On torch, where updates are made in place, the tensors given are left alone."""
         if keras.backend.backend() == "torch":
-            optimizer_variables = [x.detach().clone() for x in optimizer_variables]
-            trainable_variables = [x.detach().clone() for x in trainable_variables]
+            optimizer_variables, trainable_variables = (
+                [ops.convert_to_tensor(x).detach().clone() for x in given]  # which may be variables too
+                for given in (optimizer_variables, trainable_variables)
+            )
         updated: tuple[list[Tensor], list[Tensor]]
         updated = super().stateless_apply(optimizer_variables, grads, trainable_variables)
         return updated
