@@ -24,6 +24,7 @@ from ada2ms.compare.protocol import SMOKE, TASKS, TUNING_SEED, Protocol, Run
 from ada2ms.compare.train import _batches, _groups, evaluate, schedule, train
 from ada2ms.core import Linear
 
+RESULTS = Path(__file__).parents[1] / "docs" / "comparison"
 TINY = replace(SMOKE, tasks=("digits, ResNet-20",), optimizers=("AdamW", "SGD", "Ada2MS 0.5"))
 
 
@@ -349,3 +350,19 @@ def test_differences_are_seed_by_seed() -> None:
     np.testing.assert_allclose(found, [0.005, 0.01, 0.015, 0.02, 0.025])
     low, high = report.interval(found, 0.95)
     assert (low, high) == pytest.approx((0.015 - 2.776 * 0.00353553, 0.015 + 2.776 * 0.00353553), rel=1e-3)
+
+
+def test_the_page_shows_the_records() -> None:
+    """What docs/comparison holds is what its records give."""
+    plan = json.loads((RESULTS / "plan.json").read_text())["protocol"]
+    protocol = replace(Protocol(), seeds=tuple(plan["seeds"]))
+    assert plan == json.loads(json.dumps(protocol.as_data()))
+    records = runner.load(RESULTS)
+    chosen = [run.key for task in protocol.tasks for name in CANDIDATES for run in protocol.chosen(task, name, records)]
+    assert sorted(records) == sorted(chosen)
+    assert len(records) == protocol.total()
+    rows = [row for task in protocol.tasks for row in report.task_rows(protocol, records, task)]
+    assert (RESULTS / "table.md").read_text() == report.markdown(protocol, records, rows)
+    page = RESULTS.with_suffix(".md").read_text()
+    for row in rows:
+        assert f"{100 * row['test']:.1f} ± {100 * row['spread']:.1f}" in page
