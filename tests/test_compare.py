@@ -281,7 +281,9 @@ def is_running(group: int) -> bool:
     return True
 
 
+@pytest.mark.slow
 def test_a_killed_comparison_goes_on_where_it_was(tmp_path: Path) -> None:
+    """All of `--smoke`, every task and optimizer, in two attempts."""
     command = [sys.executable, "-m", "ada2ms", "compare", "--smoke", "--workers", "2"]
     command += ["--out", str(tmp_path)]
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True)
