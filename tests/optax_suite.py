@@ -67,6 +67,17 @@ SUITES: dict[str, tuple[dict[str, Any], dict[str, str], str]] = {
         {},
         "AccumulationTest",
     ),
+    "optax.transforms._combining_test": (
+        {},
+        {"transform.scale_by_adam(),": "scale_by_ada2ms(),"},
+        "CombiningTest.test_chain",
+    ),
+    # The alias has one state, where that of adamw is a tuple of three.
+    "optax.tree_utils._state_utils_test": (
+        {},
+        {"alias.adamw)": "alias.ada2ms)", "state.inner_state[0], 'mu'": "state.inner_state, 'mu'"},
+        "StateUtilsTest.test_inject_hparams",
+    ),
     # At adaptivity 1, since the steps of others shrink with the gradient: they reach the optimum exactly in the test,
     # and there Optax' own `normalize`, which comes first in this test, divides 0 by 0.
     "optax.contrib._sam_test": (
