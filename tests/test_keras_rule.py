@@ -147,7 +147,8 @@ def test_skipping_makes_no_sum_for_each_variable() -> None:
         optimizer.build(targets)
         values, found = [v.value for v in targets], [v.value for v in optimizer.variables]
         compiled = jax.jit(optimizer.stateless_apply).lower(found, values, values).compile()
-        flops.append(compiled.cost_analysis()["flops"])
+        analysis = compiled.cost_analysis()
+        flops.append((analysis[0] if isinstance(analysis, list) else analysis)["flops"])  # a list in older JAX
     assert flops[1] < 3 * flops[0]
 
 
