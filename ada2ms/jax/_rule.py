@@ -299,7 +299,6 @@ def _real(*arrays: Any) -> Any:
 
 
 def _common(*arrays: Any) -> Any:
-    with jax.numpy_dtype_promotion(
-        "standard"
-    ):  # widening is meant, where the user has forbidden it to happen by chance
+    # Widening is meant, where the user has forbidden it to happen by chance.
+    with jax.numpy_dtype_promotion("standard"):
         return jnp.result_type(*arrays)
