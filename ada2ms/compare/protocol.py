@@ -116,9 +116,8 @@ class Protocol:
         """Plain data that tells this comparison from others, with the middles of the grids."""
         middles = {name: [CANDIDATES[name].rate, CANDIDATES[name].decay] for name in self.optimizers}
         steps = {name: self.steps[name] for name in self.tasks}
-        return {**{k: list(v) if isinstance(v, tuple) else v for k, v in asdict(self).items()}, "steps": steps} | {
-            "middles": middles
-        }
+        fields = {key: list(value) if isinstance(value, tuple) else value for key, value in asdict(self).items()}
+        return {**fields, "steps": steps, "middles": middles}
 
     def pending(self, records: Records) -> list[Run]:
         """The runs that can be done next, given those that have been: all of a stage before those of the next."""

@@ -10,7 +10,7 @@ import matplotlib
 import numpy as np
 
 from ada2ms.compare.optimizers import ADAPTIVITIES, SCOPES, named
-from ada2ms.compare.protocol import TASKS, Protocol, Record, Records
+from ada2ms.compare.protocol import TASKS, Protocol, Record, Records, Stage
 from ada2ms.core.hyperparameters import DEFAULTS
 
 DEFAULT: Final = named(DEFAULTS.adaptivity, "model")  # type: ignore[arg-type]  # what the others are held against
@@ -49,11 +49,10 @@ def task_rows(protocol: Protocol, records: Records, task: str) -> list[dict[str,
     """A row for each optimizer that has been tested on the task, the best first."""
     rows = []
     for optimizer in protocol.optimizers:
-        runs = protocol.chosen(task, optimizer, records)
-        tests = [records[run.key] for run in runs if run.stage == "test" and run.key in records]
+        tests = _finished(protocol, records, task, optimizer, "test")
         if not tests:
             continue
-        tried = [records[run.key] for run in runs if run.stage == "rate"]
+        tried = _finished(protocol, records, task, optimizer, "rate")
         accuracies = [record["validation"]["accuracy"] for record in tried]
         best = tests[0]["run"]
         found = [record["test"]["accuracy"] for record in tests]
@@ -149,8 +148,13 @@ def differences(protocol: Protocol, records: Records, name: str, tasks: Iterable
 
 def _tests(protocol: Protocol, records: Records, task: str, optimizer: str) -> dict[int, float]:
     """Test accuracies by seed."""
-    runs = [run for run in protocol.chosen(task, optimizer, records) if run.stage == "test"]
-    return {run.seed: records[run.key]["test"]["accuracy"] for run in runs if run.key in records}
+    found = _finished(protocol, records, task, optimizer, "test")
+    return {record["run"]["seed"]: record["test"]["accuracy"] for record in found}
+
+
+def _finished(protocol: Protocol, records: Records, task: str, optimizer: str, stage: Stage) -> list[Record]:
+    runs = protocol.chosen(task, optimizer, records)
+    return [records[run.key] for run in runs if run.stage == stage and run.key in records]
 
 
 def interval(values: list[float], confidence: float) -> tuple[float, float]:
@@ -166,7 +170,7 @@ def interval(values: list[float], confidence: float) -> tuple[float, float]:
 _Draw = Callable[[Any, str, list[Record], Any], None]
 
 
-def _grid(protocol: Protocol, records: Records, draw: _Draw, file: Path, stage: str, title: str, **axes: Any) -> None:
+def _grid(protocol: Protocol, records: Records, draw: _Draw, file: Path, stage: Stage, title: str, **axes: Any) -> None:
     """A row of panels for each task: baselines; Ada2MS with one second moment for the model; and with one a tensor."""
     matplotlib.use("Agg")
     from matplotlib import pyplot
@@ -188,8 +192,7 @@ def _grid(protocol: Protocol, records: Records, draw: _Draw, file: Path, stage: 
             for i, name in enumerate(["AdamW", *(n for n in names if n != "AdamW")]):
                 if name not in protocol.optimizers:
                     continue
-                runs = protocol.chosen(task, name, records)
-                found = [records[run.key] for run in runs if run.stage == stage and run.key in records]
+                found = _finished(protocol, records, task, name, stage)
                 style = {"color": "black", "linestyle": "--"} if name == "AdamW" else {"color": f"C{i - 1}"}
                 if found:
                     draw(panel, name, found, {**style, "linewidth": 1.3})
@@ -240,10 +243,9 @@ def _adaptivity(protocol: Protocol, records: Records, file: Path) -> None:
     from matplotlib import pyplot
 
     figure, panel = pyplot.subplots(figsize=(6, 3.5), layout="constrained")
-    for name in (named(a, "model") for a in ADAPTIVITIES):
-        runs = protocol.chosen(protocol.tasks[0], name, records) if name in protocol.optimizers else []
-        found = [records[run.key] for run in runs if run.stage == "test" and run.key in records]
-        if found:
+    names = [named(a, "model") for a in ADAPTIVITIES]
+    for name in [name for name in names if name in protocol.optimizers]:
+        if found := _finished(protocol, records, protocol.tasks[0], name, "test"):
             panel.plot(found[0]["curves"]["step"], found[0]["curves"]["adaptivity"], label=name)
     panel.set(xlabel="step", ylabel="adaptivity", title="Adaptivity over time", ylim=(0, 1))
     panel.grid(alpha=0.3)

@@ -21,6 +21,7 @@ from filelock import FileLock, Timeout
 
 from ada2ms.compare.data import LOADERS, Data, load_cifar
 from ada2ms.compare.protocol import TASKS, Protocol, Record, Run
+from ada2ms.core.state_file import write_whole
 
 
 class CompareError(Exception):
@@ -87,9 +88,8 @@ def _settle(protocol: Protocol, folder: Path) -> None:
     file, wanted = folder / "plan.json", protocol.as_data()
     if not file.exists():
         versions = {"python": platform.python_version(), "torch": torch.__version__, "machine": platform.machine()}
-        temporary = file.with_suffix(".new")
-        temporary.write_text(json.dumps({"protocol": wanted, "started with": versions}, indent=1) + "\n")
-        temporary.replace(file)
+        plan = json.dumps({"protocol": wanted, "started with": versions}, indent=1) + "\n"
+        write_whole(file, lambda stream: stream.write(plan.encode()))
         return
     found = json.loads(file.read_text())["protocol"]
     if found != wanted:
@@ -134,9 +134,8 @@ def _finish(
 
 
 def _start() -> None:
-    signal.signal(
-        signal.SIGINT, signal.SIG_DFL
-    )  # Ctrl-C ends workers at once, and the parent says what there is to say
+    # Ctrl-C ends workers at once, and the parent says what there is to say.
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
     threading.Thread(target=_end_with_parent, daemon=True).start()
     torch.set_num_threads(1)
 

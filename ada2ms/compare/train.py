@@ -13,6 +13,7 @@ from torch.nn import functional
 from ada2ms.compare.data import Data, Split
 from ada2ms.compare.optimizers import CANDIDATES
 from ada2ms.compare.protocol import TASKS, Protocol, Record, Run
+from ada2ms.demo.digits import shuffled
 
 POINTS = 30  # of a curve
 
@@ -94,11 +95,8 @@ def _batches(data: Data, size: int, steps: int, seed: int, device: str) -> Itera
     inputs, targets = (torch.from_numpy(a).to(device) for a in data.train)
     size = min(size, len(targets))
     rng = np.random.default_rng(seed)
-    order = np.empty(0, int)
-    for _ in range(steps):
-        if len(order) < size:
-            order = rng.permutation(len(targets))
-        chosen, order = torch.from_numpy(order[:size]).to(device), order[size:]
+    for indices in shuffled(len(targets), size, steps, rng):
+        chosen = torch.from_numpy(indices).to(device)
         x = inputs[chosen]
         if data.flips:
             mirrored = torch.from_numpy(rng.random(size) < 0.5).to(device)

@@ -54,13 +54,18 @@ class Digits:
 
     def batches(self, steps: int, seed: int, size: int = 64) -> Iterator[tuple[Array, Array]]:
         """`steps` batches, from a new order of the training images each epoch."""
-        rng = np.random.default_rng(seed)
-        order = np.empty(0, int)
-        for _ in range(steps):
-            if len(order) < size:
-                order = rng.permutation(len(self.train_labels))
-            chosen, order = order[:size], order[size:]
+        for chosen in shuffled(len(self.train_labels), size, steps, np.random.default_rng(seed)):
             yield self.train_images[chosen], self.train_labels[chosen]
+
+
+def shuffled(count: int, size: int, steps: int, rng: np.random.Generator) -> Iterator[Array]:
+    """The indices, below `count`, of `steps` batches: in a new order each epoch, which drops what does not fill one."""
+    order = np.empty(0, int)
+    for _ in range(steps):
+        if len(order) < size:
+            order = rng.permutation(count)
+        chosen, order = order[:size], order[size:]
+        yield chosen
 
 
 def load(dtype: str = "float32") -> Digits:
