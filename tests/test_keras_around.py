@@ -21,7 +21,7 @@ from keras_support import (
 )
 
 from ada2ms import core
-from ada2ms.tf import Ada2MS
+from ada2ms.tf import Ada2MS, arguments, export_state
 
 pytestmark = pytest.mark.keras
 
@@ -148,6 +148,15 @@ def test_the_state_is_restored_by_its_weights() -> None:
         apply(o, rows[2], t)
     for v, w in zip(targets, copies, strict=True):
         np.testing.assert_array_equal(numpy(v), numpy(w))
+
+
+def test_no_weight_decay_is_handed_over_as_zero() -> None:
+    """Keras' Adam says so by None, which must not become the default of whoever takes its state over."""
+    targets, optimizer = variables(arrays(0)), keras.optimizers.Adam(0.125)
+    assert optimizer.weight_decay is None
+    apply(optimizer, arrays(1), targets)
+    other = Ada2MS(**arguments(export_state(targets, optimizer)))
+    assert (other.weight_decay, other.get_config()["learning_rate"]) == (0.0, 0.125)
 
 
 @only_on_tensorflow
