@@ -71,3 +71,17 @@ def test_operands_grow_with_the_leaves_alone(options: dict[str, Any]) -> None:
         return sum(fusion.count("%") for fusion in fusions)
 
     assert operands(16) < 2.2 * operands(8)
+
+
+@pytest.mark.parametrize("options", [{}, {"adaptivity": 0.7}, {"scope": "tensor"}, {"nonfinite": "skip"}])
+def test_leaves_of_a_shape_share_their_loops(options: dict[str, Any]) -> None:
+    """Which are compiled once then, though each leaf has a count of updates of its own."""
+
+    def loops(leaves: int) -> int:
+        text = compiled(ada2ms(**options), [jnp.ones((32, 32))] * leaves).as_text()
+        text = re.sub(r", metadata={.*?}", "", re.sub(r"(%\w+)[.\d]*", r"\1", text))  # of names, what is not a number
+        bodies = re.findall(r"^%fused_computation .*?{\n(.*?)^}", text, re.DOTALL | re.MULTILINE)
+        assert len(bodies) > 3 * leaves
+        return len({body for body in bodies if "f32[32,32]" in body and "reduce(" not in body})
+
+    assert 3 <= loops(12) == loops(6) <= 6

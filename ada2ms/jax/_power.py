@@ -11,6 +11,7 @@ from ada2ms.core import power as core
 
 
 @jax.custom_jvp
+@jax.jit  # traced once for all leaves of a shape
 def power(x: jax.Array, h: jax.Array) -> jax.Array:
     """x^h for x >= 0 and one h in [0, 0.5], where 0^0 = 1.
 

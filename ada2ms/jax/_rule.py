@@ -131,9 +131,9 @@ class Rule:
             return new if self.nonfinite == "propagate" else jnp.where(finite, new, old)
 
         directions: list[Any] = [None] * len(gradients)
-        for i in present:
+        for i, j in zip(present, _opaque(present), strict=True):
             g = jnp.asarray(gradients[i])
-            directions[i], mu[i], nu[i] = self._leaf(g, mu[i], nu[i], of_m[i], of_d[i], a, keep)
+            directions[i], mu[i], nu[i] = self._leaf(g, mu[i], nu[i], of_m[j], of_d[j], a, keep)
         new_updates = finish(tree.unflatten(directions), completed, params)
         like = (updates,) if params is None else (updates, params)
         return (
@@ -204,6 +204,15 @@ def _correction(beta: Any, count: jax.Array, dtype: Any) -> jax.Array:
 
 def _mean(total: jax.Array, entries: float) -> jax.Array:
     return total / entries if entries else total
+
+
+def _opaque(indices: list[int]) -> list[jax.Array]:
+    """The same numbers, unknown to XLA: it compiles one loop for all leaves of a shape, if each reads its number.
+
+    What is a single number is made part of the loop; so each has another behind it.
+    """
+    pairs = jax.lax.optimization_barrier([np.array([i, i + 1], np.uint32) for i in indices])  # type: ignore[no-untyped-call]
+    return [pair[0] for pair in pairs]
 
 
 def _sums_of_squares(gradients: list[Any], dtype: Any, axis_name: Any) -> tuple[list[jax.Array], list[float]]:
