@@ -1,28 +1,32 @@
 """The kernel for CUDA, on CUDA where there is one; and its code in Triton's interpreter where Triton is installed."""
 
 import os
+import re
 import subprocess
 import sys
 from importlib.util import find_spec
 from itertools import product
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from ada2ms.torch import Ada2MS
 from ada2ms.torch.functional import Options, _single_tensor_ada2ms
 from support import EPSILON, require_device
 
-SHAPES = [(3, 4), (), (0,), (7, 401)]
+SHAPES = [(3, 4), (), (0,), (7, 401), (64, 160)]
 
 
 def tensors(dtype: torch.dtype, seed: int, device: str) -> list[Tensor]:
     generator = torch.Generator().manual_seed(seed)
     found = [torch.randn(shape, generator=generator, dtype=torch.float64).to(device, dtype) for shape in SHAPES]
     image = torch.randn(2, 3, 4, 5, generator=generator, dtype=torch.float64).to(device, dtype)
-    return [*found, image if seed % 2 else image.to(memory_format=torch.channels_last)]
+    unaligned = torch.randn(9001, generator=generator, dtype=torch.float64).to(device, dtype)[1:]
+    return [*found, image if seed % 2 else image.to(memory_format=torch.channels_last), unaligned]
 
 
 def compare(device: str) -> None:
@@ -69,6 +73,103 @@ def compare(device: str) -> None:
                 assert worst <= bound * largest, (dtype, a, eps, name, x.shape, worst / largest)
 
 
+class Launches:
+    """Stands in for a kernel, and notes what it is launched with."""
+
+    def __init__(self) -> None:
+        self.found: list[tuple[Any, ...]] = []
+
+    def __getitem__(self, grid: tuple[int]) -> Any:
+        return lambda *arguments: self.found.append((grid[0], *arguments))
+
+
+@pytest.fixture
+def launches(monkeypatch: pytest.MonkeyPatch) -> Launches:
+    fused_cuda = pytest.importorskip("ada2ms.torch.fused_cuda", reason="Triton is not installed", exc_type=ImportError)
+    stand_in = Launches()
+    monkeypatch.setattr(fused_cuda, "_update", stand_in)
+    return stand_in
+
+
+def launch(
+    tensors: int, dtype: torch.dtype = torch.float32, adaptivity: float = 0.3, size: int = 20_000, offset: int = 0
+) -> None:
+    from ada2ms.torch.fused_cuda import _fused_ada2ms
+
+    kinds = (dtype, dtype, torch.float32, torch.float32)
+    p, g, m, v = ([torch.zeros(size + offset, dtype=kind)[offset:] for _ in range(tensors)] for kind in kinds)
+    options = Options(0.1, 0.9, 0.99, 1e-8, 0.0, adaptivity, maximize=False, differentiable=False, live=None)
+    _fused_ada2ms(p, g, m, v, [torch.tensor(1.0)] * tensors, [torch.tensor(1.0)] * tensors, options)
+
+
+class Count(TorchDispatchMode):
+    operations = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.operations += 1
+        return func(*args, **(kwargs or {}))
+
+
+def test_one_launch_for_all_tensors(launches: Launches) -> None:
+    """A program for every 8192 entries of each; and no operation of torch for each tensor."""
+    counts = []
+    for tensors in (2, 30):
+        with Count() as count:
+            launch(tensors)
+        counts.append(count.operations - 8 * tensors)  # less those that made the data
+        assert [x[0] for x in launches.found] == [3 * tensors]
+        assert launches.found.pop()[2].tolist() == [i for i in range(tensors) for _ in range(3)]
+    assert counts[0] == counts[1]
+
+
+@pytest.mark.parametrize("offset", [0, 1])
+def test_aligned_is_what_is_whole_multiples_of_16(launches: Launches, offset: int) -> None:
+    launch(2, size=9001, offset=offset)
+    sizes = {}
+    for _, table, _, _, _, _, _, _, aligned, *_ in launches.found:
+        rows = table.view(-1, 8)
+        assert not (aligned and (rows[:, :5] % 16).any())
+        sizes[aligned] = rows[:, 4].tolist()
+    assert sizes == ({False: [9001] * 2} if offset else {True: [8992] * 2, False: [9] * 2})
+
+
+@pytest.mark.parametrize("adaptivity", [0.0, 0.5, 0.3])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_compiled_for_cuda_it_moves_each_entry_once(
+    launches: Launches,
+    dtype: torch.dtype,
+    adaptivity: float,
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+) -> None:
+    """By 16 bytes at a time: the instructions for a block, compiled without a GPU."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    launch(1, dtype, adaptivity)
+    monkeypatch.undo()
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    from ada2ms.torch.fused_cuda import _BLOCK, _update
+
+    ((_, *arguments),) = launches.found
+    given = dict(zip(_update.arg_names, arguments, strict=True))
+    pointers = {torch.int64: "*i64", torch.float64: "*fp64"}
+    signature = {name: pointers[x.dtype] if isinstance(x, Tensor) else "constexpr" for name, x in given.items()}
+    source = ASTSource(_update, signature, {name: x for name, x in given.items() if not isinstance(x, Tensor)})
+    compiled = triton.compile(source, target=GPUTarget("cuda", 90, 32))
+    threads = 32 * compiled.metadata.num_warps
+    moved = re.findall(r"(ld|st)\.global\.(?:v(\d)\.)?b(\d+)", compiled.asm["ptx"])
+    for kind, arrays in (
+        ("ld", (dtype, dtype, torch.float32, torch.float32)),
+        ("st", (dtype, torch.float32, torch.float32)),
+    ):
+        widths = [int(n) * int(bits) // 8 for name, n, bits in moved if name == kind and n]  # the rest are numbers
+        assert set(widths) == {16}
+        assert sum(widths) * threads == _BLOCK * sum(x.itemsize for x in arrays)
+    assert all(n for name, n, _ in moved if name == "st")
+
+
 @pytest.mark.skipif(find_spec("triton") is None, reason="Triton is not installed (it comes with torch for CUDA)")
 def test_the_kernel_in_tritons_interpreter() -> None:
     """8 roundings, as for one step of every implementation. In a process of its own: Triton reads the switch once."""
@@ -89,13 +190,14 @@ def test_the_kernel_on_cuda() -> None:
 def test_captured_in_a_cuda_graph() -> None:
     """Replays follow a learning rate that is changed in place, as the steps without a graph do."""
     require_device("torch", "gpu")
-    trained = []
+    trained: list[list[Tensor]] = []
     for captured in (False, True):
         torch.manual_seed(0)
-        p = nn.Parameter(torch.randn(100, device="cuda"))
-        p.grad = torch.randn_like(p)
+        params = [nn.Parameter(torch.randn(n, device="cuda")) for n in (100, 3, 20_000)]
+        for p in params:
+            p.grad = torch.randn_like(p)
         lr = torch.tensor(0.1, device="cuda")
-        optimizer = Ada2MS([p], lr=lr, fused=True, capturable=True)
+        optimizer = Ada2MS(params, lr=lr, fused=True, capturable=True)
         optimizer.step()
         graph = torch.cuda.CUDAGraph()
         if captured:
@@ -107,5 +209,5 @@ def test_captured_in_a_cuda_graph() -> None:
                 graph.replay()
             else:
                 optimizer.step()
-        trained.append(p.detach())
+        trained.append([p.detach() for p in params])
     torch.testing.assert_close(*trained, rtol=0, atol=0)

@@ -237,3 +237,32 @@ def test_a_step_waits_for_no_device(options: dict[str, Any], adaptivity: Any, fo
             optimizer.step()
     assert waits.operations > 5
     assert waits.found == []
+
+
+class Operations(TorchDispatchMode):
+    """Counts those of torch but views; each is at least one launch on a device."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if not func.is_view:
+            self.found.append(func._schema.name)
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("scope", ["model", "tensor"])
+@pytest.mark.parametrize("options", [{"capturable": True}, {"capturable": True, "adaptivity": core.Linear(1, 0, 5)}])
+def test_counts_on_the_device_cost_no_operation_for_each_tensor(options: dict[str, Any], scope: Any) -> None:
+    counts = []
+    for tensors in (3, 30):
+        params = [nn.Parameter(torch.ones(3, 4)) for _ in range(tensors)]
+        optimizer = Ada2MS(params, scope=scope, foreach=True, **options)
+        for p in params:
+            p.grad = torch.ones_like(p)
+        optimizer.step()
+        with Operations() as operations:
+            optimizer.step()
+        counts.append(operations.found)
+    assert counts[0] == counts[1]

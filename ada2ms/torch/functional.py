@@ -6,7 +6,6 @@ it does not: while compiling, under CUDA graphs, and for whatever must not wait 
 
 import math
 from collections.abc import Callable, Sequence
-from functools import partial
 from typing import Any, NamedTuple, TypeVar
 
 import torch
@@ -49,7 +48,7 @@ def foreach_root(v: list[Tensor], adaptivity: Scalar) -> list[Tensor]:
             torch._foreach_sqrt_(roots)
         return roots
     if isinstance(adaptivity, Tensor):
-        return [x.pow(adaptivity.to(x.device) / 2) for x in v]
+        return list(torch._foreach_pow(v, [adaptivity.to(v[0].device) / 2] * len(v)))
     return list(torch._foreach_pow(v, adaptivity / 2))
 
 
@@ -71,6 +70,36 @@ def scalars(t: Scalar, s_hat: Scalar, device: torch.device, dtype: torch.dtype, 
     if o.differentiable or isinstance(factor, Tensor) or not 0 < factor < math.inf:
         return Scalars(step_size, factor, o.eps)
     return Scalars(step_size / factor, 1.0, o.eps / factor)  # both sides of the quotient by factor: one pass less
+
+
+def scalars_of_each(
+    steps: Sequence[Scalar], s_hats: Sequence[Scalar], exp_avg_sqs: Sequence[Tensor], o: "Options"
+) -> "list[Scalars]":
+    """`scalars` of each tensor, by a few operations: together for those whose counts are equal, or are tensors."""
+    places = [(v.device, v.dtype) for v in exp_avg_sqs]
+    if torch.compiler.is_compiling():  # which fuses what is done to each
+        return [scalars(t, s, *place, o) for t, s, place in zip(steps, s_hats, places, strict=True)]
+
+    def alike(i: int) -> Any:
+        there = [isinstance(x, Tensor) and x.device == places[i][0] for x in (steps[i], s_hats[i])]
+        return (*places[i], None if there[0] else steps[i], None if there[1] else s_hats[i])
+
+    found: dict[int, Scalars] = {}
+    for indices in together(range(len(steps)), alike):
+        place = places[indices[0]]
+        t, s_hat = (stacked([x[i] for i in indices]) for x in (steps, s_hats))
+        step_size, factor, eps = scalars(t, s_hat, *place, o)
+        split = [x.unbind() if isinstance(x, Tensor) and x.ndim else [x] * len(indices) for x in (step_size, factor)]
+        found.update((i, Scalars(x, y, eps)) for i, x, y in zip(indices, *split, strict=True))
+    return [found[i] for i in range(len(steps))]
+
+
+def stacked(numbers: Sequence[Scalar]) -> Scalar:
+    """The number that all of these are; or, of tensors that differ, a vector."""
+    first = numbers[0]
+    if not isinstance(first, Tensor) or all(x is first for x in numbers):
+        return first
+    return torch.stack([torch.as_tensor(x) for x in numbers])
 
 
 def _without_zeros(d: Any, eps: float, dtype: torch.dtype) -> Any:
@@ -113,7 +142,7 @@ def _single_tensor_ada2ms(
     s_hats: Sequence[Scalar],
     o: Options,
 ) -> None:
-    numbers = _each(partial(scalars, o=o), steps, s_hats, *_places(exp_avg_sqs))
+    numbers = scalars_of_each(steps, s_hats, exp_avg_sqs, o)
     for p, g, m, v, (step_size, factor, eps) in zip(params, grads, exp_avgs, exp_avg_sqs, numbers, strict=True):
         theta = p if p.dtype == m.dtype else p.to(m.dtype)
         g = g if g.dtype == m.dtype else g.to(m.dtype)
@@ -207,8 +236,8 @@ def _update_together(
     del g
 
     # d = v_hat^(a/2) * s_hat^((1-a)/2) + eps
-    each = _each(partial(scalars, o=o), t, s_hat, *_places(v))
-    step_sizes, factors, eps = [-x.step_size for x in each], [x.factor for x in each], [x.eps for x in each]
+    each = scalars_of_each(t, s_hat, v, o)
+    step_sizes, factors, eps = [x.step_size for x in each], [x.factor for x in each], [x.eps for x in each]
     d = None
     if factors[0] is not None:
         d = foreach_root(v, o.adaptivity)
@@ -220,22 +249,22 @@ def _update_together(
     # theta <- theta*(1 - lr*wd) - lr*m_hat/d
     if not isinstance(o.weight_decay, (int, float)) or o.weight_decay != 0:
         torch._foreach_mul_(theta, 1 - o.lr * o.weight_decay)
-    numbers = [x for x in step_sizes if not isinstance(x, Tensor)]
+    numbers = [-x for x in step_sizes if not isinstance(x, Tensor)]
     if d is not None and len(numbers) == len(d):
         torch._foreach_addcdiv_(theta, m, d, numbers)
     else:
         update = list(torch._foreach_div(m, d)) if d is not None else [x.clone() for x in m]
         _scale_(update, step_sizes)
-        torch._foreach_add_(theta, update)
+        torch._foreach_sub_(theta, update)
     if p[0].dtype != dtype:
         torch._foreach_copy_(p, theta)
 
 
-def together(tensors: Sequence[Tensor], key: Callable[[Tensor], Any]) -> list[list[int]]:
-    """Indices of tensors that one operation may take together, for what is equal among them."""
+def together(items: Sequence[T], key: Callable[[T], Any]) -> list[list[int]]:
+    """Indices of the items that one operation may take together, for what is equal among them."""
     indices: dict[Any, list[int]] = {}
-    for i, tensor in enumerate(tensors):
-        indices.setdefault(key(tensor), []).append(i)
+    for i, item in enumerate(items):
+        indices.setdefault(key(item), []).append(i)
     return list(indices.values())
 
 
@@ -243,23 +272,6 @@ def _decay_(averages: list[Tensor], values: list[Tensor], weight: Tensor) -> Non
     """Each average <- (1-weight)*averages + weight*value of each, with a weight that the host does not know."""
     torch._foreach_mul_(averages, (1 - weight).to(averages[0].dtype))
     torch._foreach_add_(averages, torch._foreach_mul(values, weight.to(averages[0].dtype)))
-
-
-def _places(tensors: Sequence[Tensor]) -> tuple[list[torch.device], list[torch.dtype]]:
-    return [x.device for x in tensors], [x.dtype for x in tensors]
-
-
-def _each(function: Callable[..., T], *lists: Sequence[Any]) -> list[T]:
-    """The function of each, computed once for what is the same: then the results are the same object."""
-    if torch.compiler.is_compiling():
-        return [function(*arguments) for arguments in zip(*lists, strict=True)]
-    known: dict[Any, T] = {}
-    results = []
-    for arguments in zip(*lists, strict=True):
-        if arguments not in known:  # of tensors, the hash is that of the object
-            known[arguments] = function(*arguments)
-        results.append(known[arguments])
-    return results
 
 
 def _scale_(tensors: list[Tensor], factors: Sequence[Scalar]) -> None:

@@ -1,4 +1,4 @@
-"""The rule with `fused=True`: on CPUs one pass in C++ over all tensors together, on CUDA one in Triton over each."""
+"""The rule with `fused=True`: one pass over all tensors together, in C++ on CPUs and in Triton on CUDA."""
 
 import functools
 import hashlib

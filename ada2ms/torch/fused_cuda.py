@@ -1,21 +1,23 @@
-"""The rule on CUDA, in Triton: one pass over the data of a tensor, with every number read from device memory.
+"""The rule on CUDA, in Triton: one launch and one pass over all tensors, with every number read from device memory.
 
 Nothing here waits for the device or is compiled again when a number changes, and it can be captured in a CUDA graph.
 """
 
 from collections.abc import Sequence
+from itertools import accumulate
+from typing import Any
 
 import torch
-import triton  # type: ignore[import-not-found,unused-ignore]
-import triton.language as tl  # type: ignore[import-not-found,unused-ignore]
+import triton
+import triton.language as tl
 from torch import Tensor
 
-from ada2ms.torch.functional import Options, Scalar, _single_tensor_ada2ms, scalars
+from ada2ms.torch.functional import Options, _single_tensor_ada2ms, scalars, stacked
 
-_BLOCK = 1024
+_BLOCK, _CHUNK = 1024, 8192  # entries at once; entries of a program, which are of one tensor
 
 
-@triton.jit  # type: ignore[untyped-decorator,unused-ignore]
+@triton.jit  # type: ignore[untyped-decorator]
 def _power(x, coarse, fine):  # type: ignore[no-untyped-def]
     """x^(coarse + fine) in float32, to some epsilons; as in fused.cpp, but for the device's own log2 and exp2."""
     subnormal = x < 1.1754943508222875e-38
@@ -31,41 +33,71 @@ def _power(x, coarse, fine):  # type: ignore[no-untyped-def]
     return tl.where((x > 0) & (x < float("inf")), result, x)
 
 
-@triton.jit  # type: ignore[untyped-decorator,unused-ignore]
-def _root(v, coarse, fine, ROOT: tl.constexpr, DOUBLE: tl.constexpr):  # type: ignore[no-untyped-def]  # noqa: N803
+@triton.jit  # type: ignore[untyped-decorator]
+def _root(v, coarse, fine, ROOT: tl.constexpr):  # type: ignore[no-untyped-def]  # noqa: N803
     """The power of v; its square root where ROOT is 1, the root of that where it is 2."""
+    double: tl.constexpr = v.dtype.is_fp64()
     if ROOT == 3:
-        v = tl.exp2((coarse + fine) * tl.log2(v)) if DOUBLE else _power(v, coarse, fine)
+        v = tl.exp2((coarse + fine) * tl.log2(v)) if double else _power(v, coarse, fine)
     else:
         for _ in tl.static_range(ROOT):
-            v = tl.sqrt(v) if DOUBLE else tl.sqrt_rn(v)  # the other one is approximate in float32
+            v = tl.sqrt(v) if double else tl.sqrt_rn(v)  # the other one is approximate in float32
     return v
 
 
-@triton.jit  # type: ignore[untyped-decorator,unused-ignore]
-def _update(p_ptr, g_ptr, m_ptr, v_ptr, numbers, n, ROOT: tl.constexpr, DOUBLE: tl.constexpr, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]  # noqa: N803
-    """A block of a tensor, given its row of `_numbers`."""
-    unscale, live = tl.load(numbers), tl.load(numbers + 1)
-    beta1, weight1 = tl.load(numbers + 2), tl.load(numbers + 3)
-    beta2, weight2 = tl.load(numbers + 4), tl.load(numbers + 5)
-    coarse, fine = tl.load(numbers + 6), tl.load(numbers + 7)
-    factor, eps = tl.load(numbers + 8), tl.load(numbers + 9)
-    decay, step_size = tl.load(numbers + 10), tl.load(numbers + 11)
-    i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    mask = i < n * live.to(tl.int64)  # 0 of them in a step that is skipped
-    m, v = tl.load(m_ptr + i, mask=mask, other=0.0), tl.load(v_ptr + i, mask=mask, other=0.0)
-    g = tl.load(g_ptr + i, mask=mask, other=0.0).to(m.dtype) * unscale
-    p = tl.load(p_ptr + i, mask=mask, other=0.0).to(m.dtype)
-    m = beta1 * m + weight1 * g
-    v = beta2 * v + weight2 * g * g
-    update = m
-    if ROOT != 0:
-        d = factor * _root(v, coarse, fine, ROOT, DOUBLE) + eps
-        update = m / tl.where(d == 0, float("inf"), d)  # 0 only without eps: nothing has moved yet
-    p = decay * p - step_size * update
-    tl.store(m_ptr + i, m, mask=mask)
-    tl.store(v_ptr + i, v, mask=mask)
-    tl.store(p_ptr + i, p.to(p_ptr.dtype.element_ty), mask=mask)
+@triton.jit  # type: ignore[untyped-decorator]
+def _update(  # type: ignore[no-untyped-def]
+    table,
+    owners,
+    numbers,
+    each,
+    P: tl.constexpr,  # noqa: N803
+    G: tl.constexpr,  # noqa: N803
+    M: tl.constexpr,  # noqa: N803
+    ALIGNED: tl.constexpr,  # noqa: N803
+    ROOT: tl.constexpr,  # noqa: N803
+    CHUNK: tl.constexpr,  # noqa: N803
+    BLOCK: tl.constexpr,  # noqa: N803
+):
+    """A chunk of the tensor that owns it, by its row in the table, with the numbers of all and of each tensor."""
+    row = table + tl.load(owners + tl.program_id(0)) * 8
+    p_ptr = tl.load(row).to(tl.pointer_type(P))
+    g_ptr = tl.load(row + 1).to(tl.pointer_type(G))
+    m_ptr = tl.load(row + 2).to(tl.pointer_type(M))
+    v_ptr = tl.load(row + 3).to(tl.pointer_type(M))
+    index, first = tl.load(row + 5), tl.load(row + 6)
+    live = tl.load(numbers + 1)
+    size = tl.load(row + 4) * live.to(tl.int64)  # 0 in a step that is skipped
+    if ALIGNED:  # so that it loads and stores 16 bytes at a time
+        p_ptr, g_ptr = tl.multiple_of(p_ptr, 16), tl.multiple_of(g_ptr, 16)
+        m_ptr, v_ptr, size = tl.multiple_of(m_ptr, 16), tl.multiple_of(v_ptr, 16), tl.multiple_of(size, 16)
+
+    unscale, eps, decay = tl.load(numbers).to(M), tl.load(numbers + 4).to(M), tl.load(numbers + 6).to(M)
+    beta1, beta2, exponent = tl.load(numbers + 2), tl.load(numbers + 3), tl.load(numbers + 5)
+    beta1, weight1 = beta1.to(M), (1 - beta1).to(M)
+    beta2, weight2 = beta2.to(M), (1 - beta2).to(M)
+    coarse = tl.floor(exponent * 2.0**17 + 0.5) * 2.0**-17  # times an exponent it is exact in float32
+    coarse, fine = coarse.to(M), (exponent - coarse).to(M)
+    step_size, factor = tl.load(each + 2 * index).to(M), tl.load(each + 2 * index + 1).to(M)
+
+    start = (tl.program_id(0) - first) * CHUNK
+    for block in range(start, min(start + CHUNK, size), BLOCK):
+        i = block + tl.arange(0, BLOCK)
+        mask = i < size
+        m, v = tl.load(m_ptr + i, mask=mask, other=0.0), tl.load(v_ptr + i, mask=mask, other=0.0)
+        g = tl.load(g_ptr + i, mask=mask, other=0.0).to(M) * unscale
+        p = tl.load(p_ptr + i, mask=mask, other=0.0).to(M)
+        m = beta1 * m + weight1 * g
+        v = beta2 * v + weight2 * g * g
+        update = m
+        if ROOT != 0:
+            d = factor * _root(v, coarse, fine, ROOT) + eps
+            d = tl.where(d == 0, float("inf"), d)  # 0 only without eps: nothing has moved yet
+            update = m / d if m.dtype.is_fp64() else tl.div_rn(m, d)  # the other one is approximate in float32
+        p = decay * p - step_size * update
+        tl.store(m_ptr + i, m, mask=mask)
+        tl.store(v_ptr + i, v, mask=mask)
+        tl.store(p_ptr + i, p.to(P), mask=mask)
 
 
 def _fused_ada2ms(
@@ -74,60 +106,81 @@ def _fused_ada2ms(
     exp_avgs: Sequence[Tensor],
     exp_avg_sqs: Sequence[Tensor],
     steps: Sequence[Tensor],
-    s_hats: Sequence[Scalar],
+    s_hats: Sequence[Tensor],
     o: Options,
 ) -> None:
-    """As `_single_tensor_ada2ms`, for tensors of one device."""
-    root = 3 if isinstance(o.adaptivity, Tensor) else {0: 0, 1: 1, 0.5: 2}.get(o.adaptivity, 3)
-    numbers = _numbers(steps, s_hats, o, exp_avgs[0].device)
-    narrow = numbers.float()
+    """As `_single_tensor_ada2ms`, for tensors of one device that has the counts and s_hats too."""
+    device = exp_avgs[0].device
+    wide = {dtype: torch.promote_types(dtype, torch.float32) for dtype in {p.dtype for p in params}}
+    rows: dict[Any, list[list[int]]] = {}  # by what the kernel is compiled for
+    held = []  # gradients that were laid out anew, until they have been read
     for i, (p, g, m, v) in enumerate(zip(params, grads, exp_avgs, exp_avg_sqs, strict=True)):
-        wide = torch.promote_types(p.dtype, torch.float32)
-        if not _together(p, m, v) or m.dtype != wide or v.dtype != wide:  # rare; without a kernel
+        if not _together(p, m, v) or not m.dtype == v.dtype == wide[p.dtype]:  # rare; without a kernel
             if o.grad_scale is not None:
-                g = g.to(wide) / o.grad_scale.to(g.device)
+                g = g.to(wide[p.dtype]) / o.grad_scale.to(device)
             one = o._replace(grad_scale=None)
             _single_tensor_ada2ms([p], [g], [m], [v], [steps[i]], [s_hats[i]], one)
             continue
         if not _together(p, g):
             g = torch.empty_like(p, dtype=g.dtype).copy_(g)
-        if p.numel():
-            row = (numbers if wide == torch.float64 else narrow)[i]
-            grid = (triton.cdiv(p.numel(), _BLOCK),)
-            _update[grid](p, g, m, v, row, p.numel(), ROOT=root, DOUBLE=wide == torch.float64, BLOCK=_BLOCK)
+            held.append(g)
+        dtypes, size = (p.dtype, g.dtype, m.dtype), p.numel()
+        pointers = [p.data_ptr(), g.data_ptr(), m.data_ptr(), v.data_ptr()]
+        aligned = size - size % 16 if not any(x % 16 for x in pointers) else 0
+        if aligned:
+            rows.setdefault((*dtypes, True), []).append([*pointers, aligned, i])
+        if size > aligned:
+            pointers = [x + aligned * y.element_size() for x, y in zip(pointers, (p, g, m, v), strict=True)]
+            rows.setdefault((*dtypes, False), []).append([*pointers, size - aligned, i])
+
+    root = 3 if isinstance(o.adaptivity, Tensor) else {0: 0, 1: 1, 0.5: 2}.get(o.adaptivity, 3)
+    of_all, of_each = _of_all(o, device), _of_each(steps, s_hats, o, device)
+    for (*dtypes, aligned), some in rows.items():
+        chunks = [-(-row[4] // _CHUNK) for row in some]
+        firsts = accumulate(chunks, initial=0)
+        flat = [x for row, first, count in zip(some, firsts, chunks, strict=False) for x in (*row, first, count)]
+        table = _on_device(flat, torch.int64, device)
+        owners = torch.repeat_interleave(table[7::8], output_size=sum(chunks))
+        kinds = [getattr(tl, str(dtype).removeprefix("torch.")) for dtype in dtypes]
+        _update[sum(chunks),](table, owners, of_all, of_each, *kinds, aligned, root, _CHUNK, _BLOCK)
 
 
-def _numbers(steps: Sequence[Tensor], s_hats: Sequence[Scalar], o: Options, device: torch.device) -> Tensor:
-    """A row for each tensor, float64; for all of them together, so that it takes a few operations and no waiting."""
-
-    def column(x: Scalar) -> Tensor:
-        kind = {"dtype": torch.float64, "device": device}
-        if isinstance(x, Tensor):
-            return x.to(**kind).expand(len(steps))  # type: ignore[call-overload,no-any-return]
-        return torch.full((len(steps),), x, **kind)  # type: ignore[call-overload,no-any-return]
-
-    t = torch.stack([t.to(device, torch.float64) for t in steps])
-    same = all(s is s_hats[0] for s in s_hats)
-    s_hat = column(s_hats[0]) if same else torch.cat([column(s)[:1] for s in s_hats])
-    step_size, factor, eps = scalars(t, s_hat, device, torch.float64, o)
-    unscale = column(1.0) if o.grad_scale is None else 1 / column(o.grad_scale)
-    exponent = column(o.adaptivity) / 2
-    coarse = (exponent * 2**17).round() / 2**17  # times an exponent it is exact in float32
-    columns = (
+def _of_all(o: Options, device: torch.device) -> Tensor:
+    """What the tensors share: gradient factor, whether the step counts, b1, b2, eps, a/2, 1 - lr*wd; float64."""
+    unscale = 1.0 if o.grad_scale is None else 1 / o.grad_scale.to(device, torch.float64)
+    numbers = (
         -unscale if o.maximize else unscale,
         1.0 if o.live is None else o.live,
         o.beta1,
-        1 - o.beta1,
         o.beta2,
-        1 - o.beta2,
-        coarse,
-        exponent - coarse,
-        0.0 if factor is None else factor,
-        eps,
+        o.eps,
+        o.adaptivity / 2,
         1 - o.lr * o.weight_decay,
-        step_size,
     )
-    return torch.stack([column(x) for x in columns], dim=1)
+    vector = _on_device([0.0 if isinstance(x, Tensor) else x for x in numbers], torch.float64, device)
+    for i, x in enumerate(numbers):
+        if isinstance(x, Tensor):
+            vector[i].copy_(x)
+    return vector
+
+
+def _of_each(steps: Sequence[Tensor], s_hats: Sequence[Tensor], o: Options, device: torch.device) -> Tensor:
+    """Step size and factor of each tensor, float64; by a few operations for all of them together."""
+    t, s_hat = (torch.as_tensor(stacked(x)).to(device, torch.float64) for x in (steps, s_hats))
+    step_size, factor, _ = scalars(t, s_hat, device, torch.float64, o)
+    columns = (step_size, torch.ones_like(t) if factor is None else factor)
+    return torch.stack([torch.as_tensor(x).expand(len(steps)) for x in columns], dim=1)
+
+
+def _on_device(numbers: Sequence[float], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """A vector of these numbers, without waiting for the device."""
+    if device.type != "cuda":
+        return torch.tensor(numbers, dtype=dtype, device=device)
+    if not torch.cuda.is_current_stream_capturing():
+        return torch.tensor(numbers, dtype=dtype, pin_memory=True).to(device, non_blocking=True)
+    vector = torch.zeros(len(numbers), dtype=dtype, device=device)  # a copy would read the host anew in each replay
+    torch._foreach_add_(list(vector.unbind()), numbers)  # takes them as arguments of its kernel
+    return vector
 
 
 def _together(p: Tensor, *others: Tensor) -> bool:

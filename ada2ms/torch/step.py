@@ -88,6 +88,8 @@ def ada2ms(
         if not live.item():
             return
         live = None
+    if live is not None:
+        sums = torch.where(live, sums, 0.0)
 
     for batch in batches:  # of all, before anything changes
         batch.adaptivity = _adaptivity(batch, live)
@@ -126,6 +128,23 @@ def _scalar(value: Any, on_host: bool) -> Any:
     return value.item() if on_host else value.reshape(())
 
 
+def _corrected(batch: Batch, beta2: Scalar, on_host: bool) -> list[Scalar]:
+    """s_hat = s/(1-b2^k) of the group or of each tensor, numbers where the host may know them."""
+    counts = batch.steps if batch.group["scope"] == "tensor" else batch.counts[:1]
+    averages = batch.global_exp_avg_sqs
+    dtype, device = averages[0].dtype, counts[0].device
+    if on_host and not batch.group["differentiable"] and all(s.is_cpu for s in averages):
+        return [s.item() / correction(beta2, t.item(), dtype) for s, t in zip(averages, counts, strict=True)]
+    if batch.group["differentiable"]:
+        averages = [s.clone() for s in averages]  # which the next step writes to
+    if on_host:
+        corrections: Any = [correction(beta2, count.item(), dtype) for count in counts]
+    else:
+        together = torch.as_tensor(correction(beta2, torch.stack([count.to(device) for count in counts]), dtype))
+        corrections = [x if x.is_cpu else x.to(s.device) for x, s in zip(together, averages, strict=True)]
+    return list(torch._foreach_div(averages, corrections))
+
+
 def _adaptivity(batch: Batch, live: Tensor | None) -> Scalar:
     """The adaptivity of a group in this step; raises where it is a number and is none that is allowed."""
     group, k = batch.group, batch.counts[0]
@@ -156,14 +175,12 @@ def _update(batch: Batch, means: Sequence[Tensor], live: Tensor | None, grad_sca
 
     # s <- b2*s + (1-b2)*mean(g*g),   s_hat = s/(1-b2^k)
     s_hats: list[Scalar] = []
-    counts = batch.steps if group["scope"] == "tensor" else [k]
-    for s, mean, count in zip(batch.global_exp_avg_sqs, means, counts, strict=True):
-        mean = mean.to(s.device, s.dtype)
-        if live is not None:
-            mean = torch.where(live.to(s.device), mean, 0.0)
-        writable(s).mul_(1 - weight2 if isinstance(weight2, Tensor) else beta2).add_(mean * weight2)
-        value: Scalar = s.clone() if differentiable else s.item() if on_host and s.is_cpu else s
-        s_hats.append(value / correction(beta2, count.item() if on_host else count, s.dtype))
+    if batch.global_exp_avg_sqs:
+        averages = [writable(s) for s in batch.global_exp_avg_sqs]
+        torch._foreach_mul_(averages, 1 - weight2 if isinstance(weight2, Tensor) else beta2)
+        means = [mean.to(s.device, s.dtype) for mean, s in zip(means, batch.global_exp_avg_sqs, strict=True)]
+        torch._foreach_add_(averages, torch._foreach_mul(means, weight2))
+        s_hats = _corrected(batch, beta2, on_host)
     if group["scope"] == "model":
         s_hats = s_hats * len(batch.params)
 
