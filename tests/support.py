@@ -340,7 +340,7 @@ def place(framework: str, device: str) -> Any:
     if framework == "torch":
         return "cuda" if device == "gpu" else "cpu"
     if framework == "keras":
-        return "gpu:0" if device == "gpu" else "cpu"
+        return "gpu:0" if device == "gpu" else "cpu:0"
     import jax
 
     return jax.devices("gpu" if device == "gpu" else "cpu")[0]
