@@ -220,7 +220,8 @@ def _update_together(
     weight1, weight2 = 1 - o.beta1, 1 - o.beta2
     if o.live is not None:  # a step that is skipped: no gradient, no weight, no learning rate
         live = o.live.to(device)
-        g = [torch.where(live, x, 0.0) for x in g]
+        zero = g[0].new_zeros(())
+        g = [torch.where(live, x, zero) for x in g]
         weight1, weight2 = weight1 * live.to(dtype), weight2 * live.to(dtype)
 
     # m <- b1*m + (1-b1)*g,   v <- b2*v + (1-b2)*g*g

@@ -10,7 +10,7 @@ from torch.optim.optimizer import _default_to_fused_or_foreach
 
 from ada2ms.core.hyperparameters import check, value_at
 from ada2ms.torch import fused
-from ada2ms.torch.functional import Options, Scalar, _multi_tensor_ada2ms, _single_tensor_ada2ms, correction
+from ada2ms.torch.functional import Options, Scalar, _multi_tensor_ada2ms, _single_tensor_ada2ms, correction, together
 from ada2ms.torch.fused import _fused_ada2ms
 from ada2ms.torch.reduction import among, entries, is_plain, local, squares, whole, writable
 
@@ -140,8 +140,8 @@ def _corrected(batch: Batch, beta2: Scalar, on_host: bool) -> list[Scalar]:
     if on_host:
         corrections: Any = [correction(beta2, count.item(), dtype) for count in counts]
     else:
-        together = torch.as_tensor(correction(beta2, torch.stack([count.to(device) for count in counts]), dtype))
-        corrections = [x if x.is_cpu else x.to(s.device) for x, s in zip(together, averages, strict=True)]
+        stack = torch.as_tensor(correction(beta2, torch.stack([count.to(device) for count in counts]), dtype))
+        corrections = [x if x.is_cpu else x.to(s.device) for x, s in zip(stack, averages, strict=True)]
     return list(torch._foreach_div(averages, corrections))
 
 
@@ -164,11 +164,16 @@ def _update(batch: Batch, means: Sequence[Tensor], live: Tensor | None, grad_sca
     numbers = (group["lr"], group["weight_decay"], *group["betas"])
     lr, weight_decay, beta1, beta2 = [_scalar(x, on_host and not differentiable) for x in numbers]
     counts = [k, *batch.steps]
-    if live is None and not torch.compiler.is_compiling():
-        torch._foreach_add_(counts, 1)
-    else:
+    if torch.compiler.is_compiling():
         for count in counts:
             writable(count).add_(1 if live is None else live.to(count.device))
+    else:
+        for indices in together(counts, lambda count: (count.device, count.dtype)):
+            some = [counts[i] for i in indices]
+            if live is None:
+                torch._foreach_add_(some, 1)
+            else:
+                torch._foreach_add_(some, live.to(some[0]), alpha=1)  # with alpha, a tensor is not taken for a number
     weight2 = 1 - beta2
     if live is not None:  # a step that is skipped: no learning rate, and no weight to this gradient
         lr, weight2 = lr * live.to(dtype), weight2 * live.to(dtype)
