@@ -369,6 +369,13 @@ def test_the_alias_needs_parameters() -> None:
         ada2ms().update(tree(1), ada2ms().init(tree(0)))
 
 
+@pytest.mark.parametrize(("made", "used"), [("model", "tensor"), ("tensor", "model")])
+def test_a_state_of_the_other_scope_is_an_error(made: Any, used: Any) -> None:
+    """And not one that broadcasts."""
+    with pytest.raises(ValueError, match=rf"Invalid state: s of shape .* \(must be made with scope='{used}'\)"):
+        ada2ms(scope=used).update(tree(1), ada2ms(scope=made).init(tree(0)), tree(0))
+
+
 def test_defaults_are_those_of_every_backend() -> None:
     explicit = ada2ms(1e-3, 0.9, 0.999, 1e-8, weight_decay=1e-2, adaptivity=0.5, scope="model", nonfinite="propagate")
     gradients = [tree(i) for i in range(1, 4)]

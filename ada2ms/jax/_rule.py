@@ -98,6 +98,8 @@ class Rule:
         present = [i for i, g in enumerate(gradients) if g is not None]
         if not present:
             return updates, state
+        if state.s.ndim != (self.scope == "tensor"):  # what would be broadcast otherwise
+            raise ValueError(f"Invalid state: s of shape {state.s.shape} (must be made with scope={self.scope!r})")
 
         dtype = state.s.dtype
         b2 = cast(number(self.b2), dtype)
@@ -207,9 +209,9 @@ def _mean(total: jax.Array, entries: float) -> jax.Array:
 
 
 def _opaque(indices: list[int]) -> list[jax.Array]:
-    """The same numbers, unknown to XLA: it compiles one loop for all leaves of a shape, if each reads its number.
+    """The same numbers, but read from memory: XLA then compiles one loop for all leaves of a shape.
 
-    What is a single number is made part of the loop; so each has another behind it.
+    A number alone would be made part of a leaf's loop; so each has another behind it.
     """
     pairs = jax.lax.optimization_barrier([np.array([i, i + 1], np.uint32) for i in indices])  # type: ignore[no-untyped-call]
     return [pair[0] for pair in pairs]
