@@ -5,6 +5,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import optax
 import pytest
 
 # The least number of tests that each module must have run: an empty run passes nothing.
@@ -21,6 +22,8 @@ LEAST = {
     "optax.tree_utils._state_utils_test": 1,
     "optax.contrib._sam_test": 2,
 }
+if tuple(map(int, optax.__version__.split(".")[:3])) < (0, 2, 7):  # which has no tables of optimizers in these
+    del LEAST["optax._src.sharding_test"], LEAST["optax.transforms._accumulation_test"]
 # The one that adamw passes and this does not, by choice: the averages of bfloat16 parameters are in float32.
 BY_CHOICE = "params_dtype='bfloat16', state_dtype=None"
 
@@ -29,7 +32,7 @@ BY_CHOICE = "params_dtype='bfloat16', state_dtype=None"
 @pytest.mark.timeout(900)
 def test_optax_own_tests() -> None:
     script = Path(__file__).with_name("optax_suite.py")
-    result = subprocess.run([sys.executable, str(script)], capture_output=True, text=True, check=False)
+    result = subprocess.run([sys.executable, str(script), *LEAST], capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stderr
     modules = {report["module"]: report for report in map(json.loads, result.stdout.splitlines())}
     assert modules.keys() == LEAST.keys()
