@@ -33,7 +33,8 @@ MODULES = [
     *(f"optimizers/{n}_test.py" for n in ("loss_scale_optimizer", "multi_optimizer")),
     *(f"backend/tensorflow/{n}_test.py" for n in ("optimizer_distribute", "distribute")),
     *(f"callbacks/{n}_test.py" for n in ("learning_rate_scheduler", "reduce_lr_on_plateau", "early_stopping")),
-    "callbacks/swap_ema_weights_test.py",
+    *(f"callbacks/{n}_test.py" for n in ("swap_ema_weights", "backup_and_restore", "terminate_on_nan")),
+    "models/variable_mapping_test.py",
 ]
 
 
