@@ -1,14 +1,18 @@
-"""Settings that must stand before a framework is imported."""
+"""What must stand before a framework is imported."""
 
 import os
 import sys
 from collections.abc import Iterator
+from contextlib import suppress
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 os.environ.setdefault("KERAS_BACKEND", "tensorflow")
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # several workers that each take all cores take very long
 
 import pytest
+
+with suppress(ImportError):
+    import triton  # noqa: F401  # for torch; after TensorFlow 2.20 or 2.21 it crashes (tensorflow/tensorflow#124205)
 
 
 @pytest.fixture(autouse=True)

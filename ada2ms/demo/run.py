@@ -183,14 +183,16 @@ def _tf(weights: list[Array], adaptivity: Scheduled) -> _Made:
     os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")  # and warns that with these its sums change their order
     if "KERAS_BACKEND" not in os.environ and find_spec("tensorflow") is None:
         os.environ["KERAS_BACKEND"] = next(backend for backend in KERAS_BACKENDS if find_spec(backend))
+    if find_spec("triton"):
+        import triton  # noqa: F401  # for torch; after TensorFlow 2.20 or 2.21 it crashes (tensorflow/tensorflow#124205)
     import keras
 
     from ada2ms.demo.on_keras import KerasTrainer
     from ada2ms.tf import Ada2MS
 
-    with keras.device("cpu"):
+    with keras.device("cpu:0"):
         trainer = KerasTrainer(weights, Ada2MS(learning_rate=LEARNING_RATE, adaptivity=adaptivity))
-    return f"Keras {keras.__version__} on {keras.backend.backend()}", trainer, keras.device("cpu")
+    return f"Keras {keras.__version__} on {keras.backend.backend()}", trainer, keras.device("cpu:0")
 
 
 def _jax(weights: list[Array], adaptivity: Scheduled) -> _Made:
