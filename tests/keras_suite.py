@@ -34,7 +34,7 @@ MODULES = [
     *(f"backend/tensorflow/{n}_test.py" for n in ("optimizer_distribute", "distribute")),
     *(f"callbacks/{n}_test.py" for n in ("learning_rate_scheduler", "reduce_lr_on_plateau", "early_stopping")),
     *(f"callbacks/{n}_test.py" for n in ("swap_ema_weights", "backup_and_restore", "terminate_on_nan")),
-    "models/variable_mapping_test.py",
+    *("models/model_test.py", "models/variable_mapping_test.py", "saving/saving_lib_test.py"),
 ]
 
 
