@@ -4,8 +4,10 @@ Scalars (learning rate, adaptivity, s_hat, counts) are Python numbers where the 
 it does not: while compiling, under CUDA graphs, and for whatever must not wait for the device.
 """
 
+import functools
 import math
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, NamedTuple, TypeVar
 
 import torch
@@ -76,19 +78,21 @@ def scalars_of_each(
     steps: Sequence[Scalar], s_hats: Sequence[Scalar], exp_avg_sqs: Sequence[Tensor], o: "Options"
 ) -> "list[Scalars]":
     """`scalars` of each tensor, by a few operations: together for those whose counts are equal, or are tensors."""
-    places = [(v.device, v.dtype) for v in exp_avg_sqs]
+    devices, dtypes = [v.device for v in exp_avg_sqs], [v.dtype for v in exp_avg_sqs]
+    one = partial(scalars, o=o)
     if torch.compiler.is_compiling():  # which fuses what is done to each
-        return [scalars(t, s, *place, o) for t, s, place in zip(steps, s_hats, places, strict=True)]
+        return list(map(one, steps, s_hats, devices, dtypes))
+    if not (_to_stack(steps) or _to_stack(s_hats)):
+        return list(map(functools.cache(one), steps, s_hats, devices, dtypes))
 
     def alike(i: int) -> Any:
-        there = [isinstance(x, Tensor) and x.device == places[i][0] for x in (steps[i], s_hats[i])]
-        return (*places[i], None if there[0] else steps[i], None if there[1] else s_hats[i])
+        there = [isinstance(x, Tensor) and x.device == devices[i] for x in (steps[i], s_hats[i])]
+        return devices[i], dtypes[i], None if there[0] else steps[i], None if there[1] else s_hats[i]
 
     found: dict[int, Scalars] = {}
     for indices in together(range(len(steps)), alike):
-        place = places[indices[0]]
         t, s_hat = (stacked([x[i] for i in indices]) for x in (steps, s_hats))
-        step_size, factor, eps = scalars(t, s_hat, *place, o)
+        step_size, factor, eps = one(t, s_hat, devices[indices[0]], dtypes[indices[0]])
         split = [x.unbind() if isinstance(x, Tensor) and x.ndim else [x] * len(indices) for x in (step_size, factor)]
         found.update((i, Scalars(x, y, eps)) for i, x, y in zip(indices, *split, strict=True))
     return [found[i] for i in range(len(steps))]
@@ -96,10 +100,12 @@ def scalars_of_each(
 
 def stacked(numbers: Sequence[Scalar]) -> Scalar:
     """The number that all of these are; or, of tensors that differ, a vector."""
+    return torch.stack([torch.as_tensor(x) for x in numbers]) if _to_stack(numbers) else numbers[0]
+
+
+def _to_stack(numbers: Sequence[Scalar]) -> bool:
     first = numbers[0]
-    if not isinstance(first, Tensor) or all(x is first for x in numbers):
-        return first
-    return torch.stack([torch.as_tensor(x) for x in numbers])
+    return isinstance(first, Tensor) and any(x is not first for x in numbers)
 
 
 def _without_zeros(d: Any, eps: float, dtype: torch.dtype) -> Any:

@@ -167,13 +167,12 @@ def _update(batch: Batch, means: Sequence[Tensor], live: Tensor | None, grad_sca
     if torch.compiler.is_compiling():
         for count in counts:
             writable(count).add_(1 if live is None else live.to(count.device))
+    elif live is None:
+        torch._foreach_add_(counts, 1)
     else:
         for indices in together(counts, lambda count: (count.device, count.dtype)):
             some = [counts[i] for i in indices]
-            if live is None:
-                torch._foreach_add_(some, 1)
-            else:
-                torch._foreach_add_(some, live.to(some[0]), alpha=1)  # with alpha, a tensor is not taken for a number
+            torch._foreach_add_(some, live.to(some[0]), alpha=1)  # with alpha, a tensor is not taken for a number
     weight2 = 1 - beta2
     if live is not None:  # a step that is skipped: no learning rate, and no weight to this gradient
         lr, weight2 = lr * live.to(dtype), weight2 * live.to(dtype)
