@@ -340,7 +340,10 @@ def place(framework: str, device: str) -> Any:
     if framework == "torch":
         return "cuda" if device == "gpu" else "cpu"
     if framework == "keras":
-        return "gpu:0" if device == "gpu" else "cpu:0"
+        import keras
+
+        cpu = "cpu:0" if keras.backend.backend() == "jax" else "cpu"  # torch would copy variables to its cpu:0
+        return "gpu:0" if device == "gpu" else cpu
     import jax
 
     return jax.devices("gpu" if device == "gpu" else "cpu")[0]

@@ -190,9 +190,11 @@ def _tf(weights: list[Array], adaptivity: Scheduled) -> _Made:
     from ada2ms.demo.on_keras import KerasTrainer
     from ada2ms.tf import Ada2MS
 
-    with keras.device("cpu:0"):
+    backend = keras.backend.backend()
+    device = "cpu:0" if backend == "jax" else "cpu"  # as Keras 3.5 wants it; torch would copy variables to its cpu:0
+    with keras.device(device):
         trainer = KerasTrainer(weights, Ada2MS(learning_rate=LEARNING_RATE, adaptivity=adaptivity))
-    return f"Keras {keras.__version__} on {keras.backend.backend()}", trainer, keras.device("cpu:0")
+    return f"Keras {keras.__version__} on {backend}", trainer, keras.device(device)
 
 
 def _jax(weights: list[Array], adaptivity: Scheduled) -> _Made:
