@@ -171,9 +171,12 @@ def test_compiled_for_cuda_it_moves_each_entry_once(
 
 
 @pytest.mark.skipif(find_spec("triton") is None, reason="Triton is not installed (it comes with torch for CUDA)")
-def test_the_kernel_in_tritons_interpreter() -> None:
+@pytest.mark.parametrize("capturing", [False, True])
+def test_the_kernel_in_tritons_interpreter(capturing: bool) -> None:
     """8 roundings, as for one step of every implementation. In a process of its own: Triton reads the switch once."""
     code = "import test_torch_fused_cuda as t; t.compare('cpu')"
+    if capturing:  # a CUDA graph, for which the kernel's table takes another way
+        code = f"import ada2ms.torch.fused_cuda as f; f._captured = lambda device: True; {code}"
     path = os.pathsep.join([os.path.dirname(__file__), *sys.path])
     environment = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": path}
     done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False)

@@ -174,13 +174,17 @@ def _of_each(steps: Sequence[Tensor], s_hats: Sequence[Tensor], o: Options, devi
 
 def _on_device(numbers: Sequence[float], dtype: torch.dtype, device: torch.device) -> Tensor:
     """A vector of these numbers, without waiting for the device."""
-    if device.type != "cuda":
-        return torch.tensor(numbers, dtype=dtype, device=device)
-    if not torch.cuda.is_current_stream_capturing():
-        return torch.tensor(numbers, dtype=dtype, pin_memory=True).to(device, non_blocking=True)
-    vector = torch.zeros(len(numbers), dtype=dtype, device=device)  # a copy would read the host anew in each replay
-    torch._foreach_add_(list(vector.unbind()), numbers)  # takes them as arguments of its kernel
-    return vector
+    if _captured(device):  # each replay would copy what the host's memory has by then
+        vector = torch.zeros(len(numbers), dtype=dtype, device=device)
+        torch._foreach_add_(list(vector.unbind()), numbers)  # takes them as arguments of its kernel
+        return vector
+    pinned = device.type == "cuda"
+    return torch.tensor(numbers, dtype=dtype, pin_memory=pinned).to(device, non_blocking=pinned)
+
+
+def _captured(device: torch.device) -> bool:
+    """Whether what is launched becomes part of a CUDA graph."""
+    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
 
 
 def _together(p: Tensor, *others: Tensor) -> bool:
