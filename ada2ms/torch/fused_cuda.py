@@ -166,7 +166,7 @@ def _of_all(o: Options, device: torch.device) -> Tensor:
 
 def _of_each(steps: Sequence[Tensor], s_hats: Sequence[Tensor], o: Options, device: torch.device) -> Tensor:
     """Step size and factor of each tensor, float64; by a few operations for all of them together."""
-    t, s_hat = (torch.as_tensor(stacked(x)).to(device, torch.float64) for x in (steps, s_hats))
+    t, s_hat = (torch.as_tensor(stacked([x.to(device) for x in xs])).double() for xs in (steps, s_hats))
     step_size, factor, _ = scalars(t, s_hat, device, torch.float64, o)
     columns = (step_size, torch.ones_like(t) if factor is None else factor)
     return torch.stack([torch.as_tensor(x).expand(len(steps)) for x in columns], dim=1)
