@@ -48,9 +48,8 @@ def stand_in(name: str, subject: str) -> type:
         base.__init__(self, learning_rate, **{k: v for k, v in given.items() if k not in left_out})  # type: ignore[misc]
 
     def create(cls: type, *_: Any, **__: Any) -> Any:
-        return object.__new__(
-            cls
-        )  # as Keras does, except on torch, where it takes a class of its own for one so called
+        # As Keras does, except on torch, where it takes a class of its own for one so called.
+        return object.__new__(cls)
 
     cls = type(name, (base,), {"__new__": create, "__init__": initialize, "__module__": "keras_suite"})
     globals()[name] = cls  # where pickle looks for it

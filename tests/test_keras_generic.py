@@ -384,9 +384,8 @@ def test_configuration(make: Make) -> None:
 
 def test_each_has_a_name(make: Make) -> None:
     first, second = make(), make()
-    assert first.name != second.name or isinstance(
-        first, keras.optimizers.AdamW
-    )  # which older Keras always calls adamw
+    # Older Keras always calls its own adamw.
+    assert first.name != second.name or isinstance(first, keras.optimizers.AdamW)
     assert make(name="mine").name == "mine"
 
 

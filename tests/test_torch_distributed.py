@@ -417,9 +417,8 @@ def outcomes(tmp_path_factory: pytest.TempPathFactory) -> Callable[[int], list[d
         try:
             torch.multiprocessing.spawn(work, (world, str(folder), shared), nprocs=world)
         except Exception:  # for all tests of this world, each of which would start it again
-            if not all(
-                (folder / f"{rank}.pt").exists() for rank in range(world)
-            ):  # else gloo failed after all was done
+            # Unless all was done, and gloo failed at leaving.
+            if not all((folder / f"{rank}.pt").exists() for rank in range(world)):
                 return [dict.fromkeys((*SCENARIOS, RESHARDED), traceback.format_exc())]
         return [torch.load(folder / f"{rank}.pt") for rank in range(world)]
 

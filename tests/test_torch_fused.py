@@ -231,7 +231,7 @@ def test_resumes_what_was_not_fused_and_the_reverse(scope: Any, first: bool) -> 
 @pytest.mark.filterwarnings("ignore:`torch.jit.script.*` is deprecated:DeprecationWarning")
 def test_compiled_with_torch_it_is_the_default_implementation(monkeypatch: pytest.MonkeyPatch) -> None:
     """In one graph, and without a kernel."""
-    monkeypatch.setattr(fused, "library", lambda: pytest.fail("the kernel was asked for"))
+    monkeypatch.setattr(fused, "extension", lambda: pytest.fail("the kernel was asked for"))
     found = []
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
@@ -250,7 +250,7 @@ def test_compiled_with_torch_it_is_the_default_implementation(monkeypatch: pytes
 
 def test_nothing_is_compiled_unasked(monkeypatch: pytest.MonkeyPatch) -> None:
     """Not by default, and with fused=True not before the first step."""
-    monkeypatch.setattr(fused, "library", lambda: pytest.fail("the kernel was asked for"))
+    monkeypatch.setattr(fused, "extension", lambda: pytest.fail("the kernel was asked for"))
     p = nn.Parameter(torch.ones(3))
     p.grad = torch.ones(3)
     for options in ({}, {"fused": None}, {"fused": False}, {"foreach": True}):
@@ -270,7 +270,7 @@ def test_without_a_compiler(missing: str, monkeypatch: pytest.MonkeyPatch, tmp_p
         monkeypatch.setenv("PATH", str(tmp_path / "bin"))
     else:
         monkeypatch.setenv("CXX", "no-such-compiler" if missing == "compiler" else "false")
-    monkeypatch.setattr(fused, "library", fused.functools.cache(fused.library.__wrapped__))
+    monkeypatch.setattr(fused, "extension", fused.functools.cache(fused.extension.__wrapped__))
     trained = []
     for flag in (True, True, False):
         p = nn.Parameter(randn(10, 0))
@@ -296,7 +296,7 @@ def test_without_a_compiler(missing: str, monkeypatch: pytest.MonkeyPatch, tmp_p
 def test_processes_that_start_together(tmp_path: Path) -> None:
     """One compiles, the other waits for it; and a later one compiles nothing."""
     code = (
-        "import time; from ada2ms.torch import fused; t = time.time(); assert fused.library(); print(time.time() - t)"
+        "import time; from ada2ms.torch import fused; t = time.time(); assert fused.extension(); print(time.time() - t)"
     )
     environment = {**os.environ, "TORCH_EXTENSIONS_DIR": str(tmp_path), "PYTHONPATH": ":".join(sys.path)}
     start = [sys.executable, "-W", "error", "-c", code]

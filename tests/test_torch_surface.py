@@ -11,6 +11,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.optim import lr_scheduler
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+from torch_support import Operations
 
 from ada2ms import core
 from ada2ms.torch import Ada2MS
@@ -237,19 +238,6 @@ def test_a_step_waits_for_no_device(options: dict[str, Any], adaptivity: Any, fo
             optimizer.step()
     assert waits.operations > 5
     assert waits.found == []
-
-
-class Operations(TorchDispatchMode):
-    """Counts those of torch but views; each is at least one launch on a device."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.found: list[str] = []
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if not func.is_view:
-            self.found.append(func._schema.name)
-        return func(*args, **(kwargs or {}))
 
 
 @pytest.mark.parametrize("scope", ["model", "tensor"])

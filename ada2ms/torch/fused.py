@@ -24,7 +24,7 @@ _FLAGS = {  # what torch compiles its own kernels with, where it finds these ins
 
 
 @functools.cache
-def library() -> Any:
+def extension() -> Any:
     """The C++ of this folder, as torch.ops.ada2ms; None, after a warning, where it cannot be built.
 
     The first process that asks has it compiled, which takes some ten seconds; it stays in torch's cache of extensions.
@@ -86,13 +86,13 @@ def supports(tensors: Sequence[Tensor]) -> bool:
     if not all(type(x) is Tensor for x in tensors):  # torch's FakeTensor, which has no data, among others
         return False
     if all(x.is_cpu for x in tensors):
-        return library() is not None
+        return extension() is not None
     return all(x.is_cuda for x in tensors) and _cuda() is not None
 
 
 def squares(grads: list[Tensor], grad_scale: Tensor | None) -> Tensor:
     """sum(g*g) of each, less its scale, in float64."""
-    sums: Tensor = library().squares(grads) if grads[0].is_cpu else reduction.squares(grads, torch.float64)
+    sums: Tensor = extension().squares(grads) if grads[0].is_cpu else reduction.squares(grads, torch.float64)
     return sums if grad_scale is None else sums / grad_scale.to(sums.device, sums.dtype) ** 2
 
 
@@ -116,7 +116,7 @@ def _fused_ada2ms(
     if o.live is not None and not o.live:
         return
     unscale = 1.0 if o.grad_scale is None else 1 / float(o.grad_scale)
-    library().step(
+    extension().step(
         params,
         grads,
         exp_avgs,

@@ -132,10 +132,10 @@ def _corrected(batch: Batch, beta2: Scalar, on_host: bool) -> list[Scalar]:
     """s_hat = s/(1-b2^k) of the group or of each tensor, numbers where the host may know them."""
     counts = batch.steps if batch.group["scope"] == "tensor" else batch.counts[:1]
     averages = batch.global_exp_avg_sqs
-    dtype, device = averages[0].dtype, counts[0].device
-    if on_host and not batch.group["differentiable"] and all(s.is_cpu for s in averages):
+    dtype, device, differentiable = averages[0].dtype, counts[0].device, batch.group["differentiable"]
+    if on_host and not differentiable and all(s.is_cpu for s in averages):
         return [s.item() / correction(beta2, t.item(), dtype) for s, t in zip(averages, counts, strict=True)]
-    if batch.group["differentiable"]:
+    if differentiable:
         averages = [s.clone() for s in averages]  # which the next step writes to
     if on_host:
         corrections: Any = [correction(beta2, count.item(), dtype) for count in counts]
