@@ -63,7 +63,7 @@ def assert_equal(left: State, right: State) -> None:
         for x, y in zip(a.slots().values(), b.slots().values(), strict=True):
             assert (x.dtype, x.shape) == (y.dtype, y.shape)
             assert x.tobytes() == y.tobytes()
-    for field in ("scope", "nonfinite", "skipped", "source"):
+    for field in ("scope", "nonfinite", "skipped", "source", "notes"):
         assert getattr(left, field) == getattr(right, field)
     assert str(left.groups) == str(right.groups)  # as text, in which a NaN equals itself; floats show every digit
 
@@ -76,6 +76,25 @@ def test_what_is_saved_is_loaded(make: Any, tmp_path: Path) -> None:
     make().save(tmp_path / "a.safetensors")
     assert_equal(State.load(tmp_path / "a.safetensors"), make())
     assert os.listdir(tmp_path) == ["a.safetensors"]
+
+
+def test_notes_travel_to_the_report(tmp_path: Path) -> None:
+    """Of what a state does not hold; a file without notes is what it was before there were any."""
+    notes = ["1 of 4 gradients was accumulated; it is not in the state", "\u03b2"]
+    state = replace(written(), notes=notes)
+    state.save(tmp_path / "a.safetensors")
+    found = State.load(tmp_path / "a.safetensors")
+    assert_equal(found, state)
+    assert found.notes == notes
+    assert State.load(FIXTURE).notes == []
+    dtypes = {name: {slot: str(x.dtype) for slot, x in e.slots().items()} for name, e in state.parameters.items()}
+    targets = {name: Target(e.exp_avg.shape, dtypes[name]) for name, e in state.parameters.items()}
+    state.groups = [replace(state.groups[0], params=list(targets))]
+    fitted = inward(state, targets, names=None, axes=None, scope="model", values=False, cast=False)
+    assert fitted.report.notes == notes
+    assert str(fitted.report).splitlines()[-2:] == notes
+    fitted.report.notes.append("another")
+    assert state.notes == notes
 
 
 def test_a_file_of_the_first_format_is_read() -> None:

@@ -89,6 +89,8 @@ class State:
         scope, nonfinite: as in every backend.
         skipped: steps that `nonfinite="skip"` has skipped.
         source: where it comes from, such as "torch 2.13.0: Ada2MS"; for people.
+        notes: what the optimizer kept besides and this state does not hold, such as accumulated gradients; one sentence
+            each, for people. They are saved with the state, and are in the report of whoever imports it.
 
     Raises:
         StateError: listing everything that is not valid.
@@ -100,6 +102,7 @@ class State:
     nonfinite: Nonfinite = DEFAULT_NONFINITE
     skipped: int = 0
     source: str = ""
+    notes: list[str] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         problems = [f"{name!r}: {x}" for name, entry in self.parameters.items() for x in _entry_problems(entry)]
@@ -307,7 +310,7 @@ def inward(
         numbers.append(min(pairs, key=str) if pairs else (0.0, 0))
     if problems:
         raise StateError("The state does not fit", problems)
-    return Fitted(entries, numbers, state.skipped, Report(rows))
+    return Fitted(entries, numbers, state.skipped, Report(rows, list(state.notes)))
 
 
 def plain_hyperparameters(values: Mapping[str, Any]) -> dict[str, Any]:

@@ -6,7 +6,7 @@ Tensors are called `<slot>/<parameter>`; the rest is JSON in the file's metadata
     format_version   of this layout; every version has its own reader, kept for good
     spec_version     of the rule, as in the golden vectors
     source           where the state comes from
-    state            groups, scope, nonfinite, skipped
+    state            groups, scope, nonfinite, skipped; and notes, if there are any
     sha256           of all of the above and of the tensors, since safetensors itself keeps no checksum
 """
 
@@ -50,7 +50,7 @@ def save(state: State, path: Path) -> None:
         }
         for group in state.groups
     ]
-    content = {
+    content: dict[str, Any] = {
         "parameters": list(state.parameters),
         "complex": [name for name, entry in state.parameters.items() if np.iscomplexobj(entry.exp_avg)],
         "groups": groups,
@@ -58,6 +58,8 @@ def save(state: State, path: Path) -> None:
         "nonfinite": state.nonfinite,
         "skipped": state.skipped,
     }
+    if state.notes:  # readers from before there were notes pass over them
+        content["notes"] = state.notes
     metadata = {
         "format": FORMAT,
         "format_version": str(FORMAT_VERSION),
@@ -138,6 +140,7 @@ def _read_1(metadata: dict[str, str], tensors: dict[str, Array]) -> State:
         nonfinite=content["nonfinite"],
         skipped=content["skipped"],
         source=metadata["source"],
+        notes=content.get("notes", []),
     )
 
 
