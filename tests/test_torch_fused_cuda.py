@@ -16,6 +16,7 @@ from torch_support import Operations
 
 from ada2ms.torch import Ada2MS
 from ada2ms.torch.functional import Options, _single_tensor_ada2ms
+from ada2ms.torch.reduction import squares
 from support import EPSILON, require_device
 
 SHAPES = [(3, 4), (), (0,), (7, 401), (64, 160)]
@@ -116,6 +117,16 @@ def test_one_launch_for_all_tensors(launches: Launches) -> None:
     assert operations[0] == operations[1]
 
 
+def test_the_sum_of_squares_takes_no_operation_for_each_tensor() -> None:
+    """Of float32 gradients, summed in float64 as for the fused kernel: one conversion, after they are put together."""
+    found = []
+    for tensors in (3, 30):
+        with torch.no_grad(), Operations() as operations:
+            squares([torch.ones(7) for _ in range(tensors)], torch.float64)
+        found.append([name for name in operations.found if name not in ("aten::ones", "aten::fill_", "aten::empty")])
+    assert found[0] == found[1]
+
+
 @pytest.mark.parametrize("offset", [0, 1])
 def test_aligned_is_what_is_whole_multiples_of_16(launches: Launches, offset: int) -> None:
     launch(2, size=9001, offset=offset)
@@ -181,6 +192,29 @@ def test_the_kernel_in_tritons_interpreter(capturing: bool) -> None:
 def test_the_kernel_on_cuda() -> None:
     require_device("torch", "gpu")
     compare("cuda")
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("options", [{"fused": True}, {}, {"capturable": True}])
+def test_kernels_of_a_step_on_cuda(options: dict[str, Any]) -> None:
+    """As many for 30 tensors as for 3, as the profiler counts them, and nothing waits for the device."""
+    require_device("torch", "gpu")
+    from torch.profiler import ProfilerActivity, profile
+
+    kernels = []
+    for tensors in (3, 30):
+        params = [nn.Parameter(torch.randn(48, device="cuda")) for _ in range(tensors)]
+        for p in params:
+            p.grad = torch.randn_like(p)
+        optimizer = Ada2MS(params, **options)
+        optimizer.step()
+        torch.cuda.synchronize()
+        with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as recorded:
+            optimizer.step()
+        names = [event.name for event in recorded.events() or []]
+        assert not {"cudaStreamSynchronize", "cudaEventSynchronize", "aten::item"} & set(names)
+        kernels.append(names.count("cudaLaunchKernel") + names.count("cuLaunchKernelEx"))
+    assert kernels[0] == kernels[1] > 0
 
 
 @pytest.mark.gpu

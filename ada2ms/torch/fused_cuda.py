@@ -3,13 +3,14 @@
 Nothing here waits for the device or is compiled again when a number changes, and it can be captured in a CUDA graph.
 """
 
-from collections.abc import Sequence
-from itertools import accumulate
+from collections.abc import Iterator, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 import triton
 import triton.language as tl
+from numpy.typing import NDArray
 from torch import Tensor
 
 from ada2ms.torch.functional import Options, _single_tensor_ada2ms, scalars, stacked
@@ -112,37 +113,59 @@ def _fused_ada2ms(
     """As `_single_tensor_ada2ms`, for tensors of one device that has the counts and s_hats too."""
     device = exp_avgs[0].device
     wide = {dtype: torch.promote_types(dtype, torch.float32) for dtype in {p.dtype for p in params}}
-    rows: dict[Any, list[list[int]]] = {}  # by what the kernel is compiled for
+    rows: dict[tuple[torch.dtype, ...], list[tuple[int, ...]]] = {}  # by what the kernel is compiled for
     held = []  # gradients that were laid out anew, until they have been read
     for i, (p, g, m, v) in enumerate(zip(params, grads, exp_avgs, exp_avg_sqs, strict=True)):
-        if not _together(p, m, v) or not m.dtype == v.dtype == wide[p.dtype]:  # rare; without a kernel
+        contiguous = p.is_contiguous() and g.is_contiguous() and m.is_contiguous() and v.is_contiguous()
+        if not m.dtype == v.dtype == wide[p.dtype] or not (contiguous or _together(p, m, v)):  # rare; without a kernel
             if o.grad_scale is not None:
                 g = g.to(wide[p.dtype]) / o.grad_scale.to(device)
             one = o._replace(grad_scale=None)
             _single_tensor_ada2ms([p], [g], [m], [v], [steps[i]], [s_hats[i]], one)
             continue
-        if not _together(p, g):
+        if not (contiguous or _together(p, g)):
             g = torch.empty_like(p, dtype=g.dtype).copy_(g)
             held.append(g)
-        dtypes, size = (p.dtype, g.dtype, m.dtype), p.numel()
-        pointers = [p.data_ptr(), g.data_ptr(), m.data_ptr(), v.data_ptr()]
-        aligned = size - size % 16 if not any(x % 16 for x in pointers) else 0
-        if aligned:
-            rows.setdefault((*dtypes, True), []).append([*pointers, aligned, i])
-        if size > aligned:
-            pointers = [x + aligned * y.element_size() for x, y in zip(pointers, (p, g, m, v), strict=True)]
-            rows.setdefault((*dtypes, False), []).append([*pointers, size - aligned, i])
+        row = (p.data_ptr(), g.data_ptr(), m.data_ptr(), v.data_ptr(), p.numel(), i)
+        rows.setdefault((p.dtype, g.dtype, m.dtype), []).append(row)
 
     root = 3 if isinstance(o.adaptivity, Tensor) else {0: 0, 1: 1, 0.5: 2}.get(o.adaptivity, 3)
     of_all, of_each = _of_all(o, device), _of_each(steps, s_hats, o, device)
-    for (*dtypes, aligned), some in rows.items():
-        chunks = [-(-row[4] // _CHUNK) for row in some]
-        firsts = accumulate(chunks, initial=0)
-        flat = [x for row, first, count in zip(some, firsts, chunks, strict=False) for x in (*row, first, count)]
-        table = _on_device(flat, torch.int64, device)
-        owners = torch.repeat_interleave(table[7::8], output_size=sum(chunks))
+    for dtypes, found in rows.items():
         kinds = [getattr(tl, str(dtype).removeprefix("torch.")) for dtype in dtypes]
-        _update[sum(chunks),](table, owners, of_all, of_each, *kinds, aligned, root, _CHUNK, _BLOCK)
+        p_type, g_type, m_type = dtypes
+        for aligned, parts in _parts(np.array(found), [p_type.itemsize, g_type.itemsize, *[m_type.itemsize] * 2]):
+            table, owners = _table(parts, device)
+            _update[len(owners),](table, owners, of_all, of_each, *kinds, aligned, root, _CHUNK, _BLOCK)
+
+
+def _parts(rows: NDArray[Any], itemsizes: list[int]) -> Iterator[tuple[bool, NDArray[Any]]]:
+    """Cuts tensors in two, so that whole multiples of 16 entries at addresses that are such multiples go together.
+
+    Rows are (four pointers, number of entries, index of the tensor).
+    """
+    sizes = rows[:, 4]
+    aligned = np.where((rows[:, :4] % 16 == 0).all(axis=1), sizes - sizes % 16, 0)
+    body, tail = rows.copy(), rows.copy()
+    body[:, 4] = aligned
+    tail[:, :4] += aligned[:, None] * np.array(itemsizes)
+    tail[:, 4] -= aligned
+    for is_aligned, part in ((True, body), (False, tail)):
+        if (part := part[part[:, 4] > 0]).size:
+            yield is_aligned, part
+
+
+def _table(rows: NDArray[Any], device: torch.device) -> tuple[Tensor, Tensor]:
+    """The kernel's table of tensors, of eight numbers each, and the tensor that each of its programs works on."""
+    programs = -(-rows[:, 4] // _CHUNK)
+    table = np.column_stack([rows, programs.cumsum() - programs, programs])
+    if _captured(device):  # where every number of the host becomes an argument of a launch
+        on_device = _on_device(table.ravel().tolist(), torch.int64, device)
+        return on_device, torch.repeat_interleave(on_device[7::8], output_size=int(programs.sum()))
+    owners = np.repeat(np.arange(len(rows)), programs)
+    both = torch.from_numpy(np.concatenate([table.ravel(), owners]))
+    on_device = (both.pin_memory() if device.type == "cuda" else both).to(device, non_blocking=True)
+    return on_device[: table.size], on_device[table.size :]
 
 
 def _of_all(o: Options, device: torch.device) -> Tensor:

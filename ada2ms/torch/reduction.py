@@ -52,9 +52,10 @@ def squares(parts: list[Tensor], dtype: torch.dtype) -> Tensor:
             wide = torch.float64 if any(parts[i].dtype == torch.float64 for i in many) else torch.float32
             norms = dict(zip(many, torch._foreach_norm([parts[i] for i in many], 2, dtype=wide), strict=True))
     found = [norms[i] if i in norms else _norm(part) for i, part in enumerate(parts)]
-    place = found[0].device
-    same = all(x.dtype == dtype and x.device == place for x in found)
-    return torch.stack(found if same else [x.to(place, dtype) for x in found]).square()
+    place, widest = found[0].device, max((x.dtype for x in found), key=lambda x: x.itemsize)
+    if any(x.device != place or x.dtype != widest for x in found):
+        found = [x.to(place, widest) for x in found]
+    return torch.stack(found).to(dtype).square()  # one conversion, not one for each
 
 
 def _norm(part: Tensor) -> Tensor:
