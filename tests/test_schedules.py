@@ -225,6 +225,46 @@ def test_numbers_of_any_kind_become_pythons(kind: Any) -> None:
     assert [type(value) for value in schedule.to_dict().values()] == [str, float, float, int]
 
 
+NUMBERS = [getattr(np, f"{sign}int{bits}") for sign in ("", "u") for bits in (8, 16, 32, 64)]
+NUMBERS += [int, float, np.float16, np.float32, np.float64, np.longdouble, np.asarray]
+
+
+@pytest.mark.parametrize("kind", NUMBERS)
+def test_numbers_of_every_type_make_the_same_schedule(kind: Any) -> None:
+    """Also those that end below the limit, with which Python's numbers must not be compared in their own type."""
+    assert repr(Exponential(kind(1), kind(0), kind(3))) == "Exponential(start=1.0, end=0.0, half_life=3.0)"
+    assert repr(Constant(kind(1))) == "Constant(value=1.0)"
+    if "float" not in kind.__name__ and kind is not np.longdouble:
+        for schedule in (Linear, Cosine):
+            assert repr(schedule(kind(1), kind(0), kind(3))) == f"{schedule.__name__}(start=1.0, end=0.0, steps=3)"
+
+
+@pytest.mark.parametrize("kind", NUMBERS)
+def test_counts_of_every_type_meet_every_horizon(kind: Any) -> None:
+    """Within the type's own precision, without a warning; horizons that a type does not hold are too long to matter."""
+    for horizon in (1, 10, 10**5, 10**39, 10**308):
+        for schedule in (Linear(1, 0.25, horizon), Cosine(1, 0.25, horizon), Exponential(1, 0.25, horizon)):
+            for count in (0, 1, 100):
+                assert float(schedule(kind(count))) == pytest.approx(exact(schedule, count), abs=1e-6)
+    for half_life in (1e-300, 1e-39):
+        assert [float(Exponential(1, 0.25, half_life)(kind(count))) for count in (0, 1)] == [1, 0.25]
+
+
+@pytest.mark.parametrize("framework", ["torch", "jax", "tensorflow"])
+def test_float32_counts_of_frameworks_meet_every_horizon(framework: str) -> None:
+    if framework == "torch":
+        import torch as library
+    elif framework == "jax":
+        import jax.numpy as library
+    else:
+        import tensorflow as library
+    make = library.tensor if framework == "torch" else library.asarray if framework == "jax" else library.constant
+    for horizon in (10**39, 10**308):
+        for schedule in (Linear(1, 0.25, horizon), Cosine(1, 0.25, horizon), Exponential(1, 0.25, horizon)):
+            assert [float(schedule(make(count))) for count in (0.0, 100.0)] == [1, 1]
+    assert [float(Exponential(1, 0.25, 1e-300)(make(count))) for count in (0.0, 1.0)] == [1, 0.25]
+
+
 @pytest.mark.parametrize(
     ("make", "error", "message"),
     [
@@ -240,6 +280,16 @@ def test_numbers_of_any_kind_become_pythons(kind: Any) -> None:
         (lambda: Exponential(1, 0, -1), ValueError, r"Exponential.half_life: -1 \(must be a number above 0\)"),
         (lambda: Exponential(1, 0, math.inf), ValueError, r"half_life: inf \(must be a number above 0\)"),
         (lambda: Exponential(1, 0, "3"), TypeError, r"half_life: '3' \(must be a number above 0\)"),
+        (
+            lambda: Exponential(1, 0, np.float32(math.inf)),
+            ValueError,
+            r"half_life: .*inf.* \(must be a number above 0\)",
+        ),
+        (lambda: Exponential(1, 0, 10**400), ValueError, r"half_life: 1000* \(must be a number above 0\)"),
+        (lambda: Exponential(1, 0, np.True_), TypeError, r"half_life: .*True.* \(must be a number above 0\)"),
+        (lambda: Exponential(1, 0, 1j), TypeError, r"half_life: 1j \(must be a number above 0\)"),
+        (lambda: Linear(1, 0, np.float32(3)), TypeError, r"Linear.steps: .*3.0.* \(must be an integer above 0\)"),
+        (lambda: Linear(np.True_, 0, 3), TypeError, r"Linear.start must be a number in \[0, 1\]\)"),
         (lambda: from_dict({"schedule": "step"}), ValueError, r"schedule: 'step' \(must be one of \('constant'"),
         (lambda: from_dict({}), ValueError, r"schedule: None \(must be one of \('constant'"),
         (lambda: from_dict({"schedule": "constant"}), ValueError, r"constant schedule: \[\] \(must be \['value'\]\)"),

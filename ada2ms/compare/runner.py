@@ -21,7 +21,7 @@ from filelock import FileLock, Timeout
 
 from ada2ms.compare.data import LOADERS, Data, load_cifar
 from ada2ms.compare.protocol import TASKS, Protocol, Record, Run
-from ada2ms.core.state_file import write_whole
+from ada2ms.core.atomic import write_whole
 
 
 class CompareError(Exception):

@@ -32,9 +32,10 @@ from numpy.typing import NDArray
 
 from ada2ms.core.hyperparameters import Nonfinite, Scope
 from ada2ms.core.schedules import AdaptivitySchedule, from_dict
+from ada2ms.core.spec import VERSION
 
 SCHEMA: Final = 1  # of the files
-SPEC: Final = 1  # of the rule: raised when its results change
+SPEC: Final = VERSION
 FLOOR: Final = 120  # fewer cases than this are an error: an empty run must not pass
 CHECKSUMS: Final = "SHA256SUMS"  # as written and read by sha256sum
 LIMIT: Final = 1_000_000  # bytes, all files together

@@ -1,12 +1,15 @@
 """Hyperparameters: their defaults and their validation, in one place for every backend."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Final, Literal, get_args
 
+import numpy as np
+
 Scope = Literal["model", "tensor"]
 Nonfinite = Literal["propagate", "skip"]
+Framework = Literal["torch", "keras", "optax"]
 # A number, or a function of the count of completed updates. `Any`, because the count and the value belong to whichever
 # framework the schedule runs in.
 Schedule = Callable[[Any], Any]
@@ -79,7 +82,7 @@ def check(field: str, value: Any, argument: str | None = None, *, schedule: bool
     allowed = f"a number in [0, {upper:g}{']' if closed else ')'}" + (" or a schedule" if schedule else "")
     message = f"Invalid {noun}: {value!r} ({argument} must be {allowed})"
     try:
-        if isinstance(value, (str, bytes, bool)):
+        if isinstance(value, (str, bytes, bool, np.bool_)):
             raise TypeError
         number = float(value)
     except OverflowError:  # an integer above every float
@@ -98,3 +101,45 @@ def value_at(scheduled: Any, count: Any) -> Any:
 DEFAULTS: Final = Hyperparameters()
 DEFAULT_SCOPE: Final[Scope] = "model"
 DEFAULT_NONFINITE: Final[Nonfinite] = "propagate"
+
+# The rule's name: that of the argument in each framework. "betas[0]" is the first of the tuple `betas`.
+NAMES: Final[dict[str, dict[Framework, str]]] = {
+    name: {"torch": torch, "keras": keras, "optax": optax}
+    for name, torch, keras, optax in (
+        ("lr", "lr", "learning_rate", "learning_rate"),
+        ("b1", "betas[0]", "beta_1", "b1"),
+        ("b2", "betas[1]", "beta_2", "b2"),
+        ("eps", "eps", "epsilon", "eps"),
+        ("weight_decay", "weight_decay", "weight_decay", "weight_decay"),
+        ("adaptivity", "adaptivity", "adaptivity", "adaptivity"),
+        ("scope", "scope", "scope", "scope"),
+        ("nonfinite", "nonfinite", "nonfinite", "nonfinite"),
+    )
+}
+
+
+def to_arguments(values: Mapping[str, Any], framework: Framework) -> dict[str, Any]:
+    """Values by the rule's names as arguments of a framework; a tuple is left out unless all of it is there."""
+    arguments: dict[str, Any] = {}
+    tuples: dict[str, list[str]] = {}
+    for name, names in NAMES.items():
+        argument, indexed, _ = names[framework].partition("[")
+        if indexed:
+            tuples.setdefault(argument, []).append(name)
+        elif name in values:
+            arguments[argument] = values[name]
+    for argument, names_of in tuples.items():
+        if all(name in values for name in names_of):
+            arguments[argument] = tuple(values[name] for name in names_of)
+    return arguments
+
+
+def from_arguments(arguments: Mapping[str, Any], framework: Framework) -> dict[str, Any]:
+    """Arguments of a framework by the rule's names; what is no hyperparameter is left out."""
+    values: dict[str, Any] = {}
+    for name, names in NAMES.items():
+        argument, indexed, index = names[framework].partition("[")
+        if argument in arguments:
+            value = arguments[argument]
+            values[name] = value[int(index[:-1])] if indexed else value
+    return values

@@ -10,9 +10,9 @@ by value, pickles, and turns into plain data and back: `from_dict(schedule.to_di
 """
 
 import math
+import operator
 import sys
 from dataclasses import asdict, dataclass, fields
-from numbers import Integral, Real
 from typing import Any, ClassVar, Final
 
 import numpy as np
@@ -38,18 +38,29 @@ class AdaptivitySchedule:
         for field in fields(self):
             value = getattr(self, field.name)
             argument = f"{type(self).__name__}.{field.name}"
-            whole = field.name == "steps"
-            kind: Any = Integral if whole else Real
             if field.name in ("value", "start", "end"):
                 check("adaptivity", value, argument, schedule=False)
+                number: float | int = float(value)
             else:
-                message = f"Invalid {argument}: {value!r} (must be {'an integer' if whole else 'a number'} above 0)"
-                if not isinstance(value, kind) or isinstance(value, bool):
-                    raise TypeError(message)
-                if not 0 < value <= sys.float_info.max:
-                    raise ValueError(message)
+                number = _above_0(argument, value, whole=field.name == "steps")
             # Python numbers, whatever numbers were given (NumPy's, a tensor's): the fields are plain data.
-            object.__setattr__(self, field.name, int(value) if whole else float(value))
+            object.__setattr__(self, field.name, number)
+
+
+def _above_0(argument: str, value: Any, *, whole: bool) -> float | int:
+    """The value as a Python number, which compares without NumPy's types: those of 32 bits do not hold the limit."""
+    message = f"Invalid {argument}: {value!r} (must be {'an integer' if whole else 'a number'} above 0)"
+    try:
+        if isinstance(value, (str, bytes, bool, np.bool_)):
+            raise TypeError
+        number = operator.index(value) if whole else float(value)
+    except OverflowError:  # an integer above every float
+        raise ValueError(message) from None
+    except (TypeError, ValueError, RuntimeError):
+        raise TypeError(message) from None
+    if not 0 < number <= sys.float_info.max:
+        raise ValueError(message)
+    return number
 
 
 @dataclass(frozen=True)
@@ -60,7 +71,7 @@ class Constant(AdaptivitySchedule):
     kind: ClassVar[str] = "constant"
 
     def __call__(self, count: Any) -> Any:
-        return self.value + 0 * (count / 1)  # of the count's own kind, as from the other schedules
+        return self.value + 0 * _floating(count)  # of the count's own kind, as from the other schedules
 
 
 @dataclass(frozen=True)
@@ -99,7 +110,7 @@ class Exponential(AdaptivitySchedule):
     kind: ClassVar[str] = "exponential"
 
     def __call__(self, count: Any) -> Any:
-        return self.end + (self.start - self.end) * 0.5 ** (count / 1 / self.half_life)  # an integer count: see _left
+        return self.end + (self.start - self.end) * 0.5 ** (_floating(count) / _clamped(self.half_life))
 
 
 KINDS: Final = {kind.kind: kind for kind in (Constant, Linear, Cosine, Exponential)}
@@ -124,9 +135,24 @@ def from_dict(data: dict[str, Any]) -> AdaptivitySchedule:
 
 def _left(count: Any, steps: int) -> Any:
     """The fraction of `steps` still ahead, max(steps - count, 0) / steps, by operators that every framework has."""
-    total = float(steps)  # JAX takes no Python integer above its own
-    ahead = total - count / 1  # the division makes an integer count a float in every framework
+    total = _clamped(steps)
+    ahead = total - _floating(count)
     return (ahead + abs(ahead)) / (2 * total)  # exactly `ahead`, or exactly 0
+
+
+def _clamped(horizon: float) -> float:
+    """A number of updates as a float that is neither 0 nor infinite in float32, where it means the same.
+
+    No count reaches 2**64. A horizon of 1e38 is then as good as one that is longer, and 1e-30 as one that is shorter.
+    """
+    return min(max(float(horizon), 1e-30), 1e38)  # a float: JAX takes no Python integer above its own
+
+
+def _floating(count: Any) -> Any:
+    """The count as a float of its own kind. (NumPy's float16 is widened: it ends at 65504.)"""
+    if isinstance(count, (np.ndarray, np.generic)) and count.dtype == np.float16:
+        count = count.astype(np.float32)
+    return count / 1
 
 
 # Where each framework keeps its cosine; what made the count is already imported, so nothing is imported here.

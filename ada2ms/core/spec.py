@@ -38,7 +38,7 @@ With nonfinite "skip" a step whose sum of g*g, over the whole model, is not fini
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Final
 
 import numpy as np
 from numpy.typing import NDArray
@@ -52,6 +52,8 @@ from ada2ms.core.hyperparameters import (
     check,
     value_at,
 )
+
+VERSION: Final = 1  # of the rule: raised when its results change
 
 Array = NDArray[Any]
 Gradients = Sequence[Array | None]

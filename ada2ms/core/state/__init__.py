@@ -1,0 +1,54 @@
+"""The optimizer's state in no framework's terms: how it moves from one framework to another in mid-run.
+
+A backend's `export_state` makes a `State`, and its `import_state` takes one; `State.save` and `State.load` keep it in a
+file. `model.py` says what a state is, `file.py` how it is stored, `fit.py` how it fits a framework's parameters, and
+`layers.py` what the parameters of plain layers are called.
+"""
+
+from ada2ms.core.state.errors import StateError
+from ada2ms.core.state.fit import (
+    Axes,
+    Fitted,
+    Names,
+    Report,
+    Target,
+    arguments,
+    from_portable,
+    only_count,
+    optimizer_problems,
+    plain_hyperparameters,
+    to_portable,
+)
+from ada2ms.core.state.layers import Layer, Mappings, number_layers
+from ada2ms.core.state.model import SLOTS, Array, Entry, Group, State
+
+inward, outward = from_portable, to_portable
+
+__all__ = [
+    "SLOTS",
+    "Array",
+    "Axes",
+    "Entry",
+    "Fitted",
+    "Group",
+    "Layer",
+    "Mappings",
+    "Names",
+    "Report",
+    "State",
+    "StateError",
+    "Target",
+    "arguments",
+    "from_portable",
+    "inward",
+    "number_layers",
+    "only_count",
+    "optimizer_problems",
+    "outward",
+    "plain_hyperparameters",
+    "to_portable",
+]
+
+# What is pickled goes by its public name, wherever in this package it is defined.
+for _public in (Entry, Group, Report, State, StateError):
+    _public.__module__ = __name__

@@ -1,0 +1,280 @@
+"""States to and from a framework: names, layouts and types, checked as a whole before anything changes.
+
+Also what the transfer of every framework says in the same words: which arguments continue a state, which optimizers
+have one, and what does not fit.
+"""
+
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import numpy as np
+
+from ada2ms.core.hyperparameters import DEFAULTS, Framework, Scope, to_arguments
+from ada2ms.core.schedules import AdaptivitySchedule
+from ada2ms.core.state.errors import StateError
+from ada2ms.core.state.model import Array, Entry, State
+
+Names = Mapping[str, str] | Callable[[str], str] | None
+Axes = Mapping[str, Sequence[int]] | None
+
+
+@dataclass(frozen=True)
+class Target:
+    """A parameter of a framework that an entry may go to: its shape, and the types (by name) of what it keeps."""
+
+    shape: tuple[int, ...]
+    dtypes: Mapping[str, str]  # of each of SLOTS
+    group: int = 0
+
+
+@dataclass
+class Report:
+    """What went where: for each parameter its name in the framework, its name in the state, its shape and its axes."""
+
+    rows: list[tuple[str, str, tuple[int, ...], tuple[int, ...] | None]]
+    notes: list[str] = field(default_factory=list)
+
+    def __str__(self) -> str:
+        wide = max((len(row[0]) for row in self.rows), default=0), max((len(row[1]) for row in self.rows), default=0)
+        lines = [
+            f"{name:{wide[0]}}  <-  {origin:{wide[1]}}  {shape}" + (f"  axes {axes}" if axes else "")
+            for name, origin, shape, axes in self.rows
+        ]
+        return "\n".join([*lines, *self.notes])
+
+
+@dataclass
+class Fitted:
+    """A state as it fits an optimizer: entries by the framework's names, in its layout, and (s, k) of each group."""
+
+    entries: dict[str, Entry]
+    groups: list[tuple[float | None, int]]
+    skipped: int
+    report: Report
+
+
+def to_portable(
+    entries: Mapping[str, Entry], names: Names, axes: Axes, others: Collection[str] = ()
+) -> tuple[dict[str, Entry], dict[str, str]]:
+    """Entries of a framework by the state's names and in its layout; and the state's name of each.
+
+    Args:
+        entries: by the framework's names.
+        names: the state's name of each of the framework's names; those left out are the same in both.
+        axes: for a framework's name, how the state's array is transposed to have the framework's layout.
+        others: parameters of the model that are not in the optimizer: names and axes for them are ignored.
+
+    Raises:
+        StateError: names or axes are of parameters that do not exist, or do not fit.
+    """
+    renamed, problems = _rename(list(entries), names, others)
+    problems += _axes_problems({name: entry.exp_avg.shape for name, entry in entries.items()}, axes, others)
+    if problems:
+        raise StateError("The state cannot be exported", problems)
+    moved = {renamed[name]: _transposed(entry, _inverse(axes, name)) for name, entry in entries.items()}
+    return moved, renamed
+
+
+def from_portable(
+    state: State,
+    targets: Mapping[str, Target],
+    *,
+    names: Names,
+    axes: Axes,
+    scope: Scope | None,
+    values: bool,
+    cast: bool,
+    groups: int = 1,
+    others: Collection[str] = (),
+) -> Fitted:
+    """A state as it fits the parameters of a framework.
+
+    Args:
+        state: of any source.
+        targets: by the framework's names.
+        names: the state's name of each of the framework's names; those left out are the same in both.
+        axes: for a framework's name, how the state's array is transposed to have the framework's layout.
+        scope: the optimizer's; None for an optimizer without a global second moment, such as AdamW.
+        values: whether the parameters' values are wanted, and not only the optimizer's state.
+        cast: whether values may be rounded to the framework's types.
+        groups: the number of the framework's parameter groups.
+        others: parameters of the model that are not in the optimizer: names and axes for them are ignored.
+
+    Raises:
+        StateError: listing every entry that is missing, superfluous, or of a wrong shape or type.
+    """
+    renamed, problems = _rename(list(targets), names, others)
+    problems += _axes_problems({name: target.shape for name, target in targets.items()}, axes, others)
+    if problems:
+        raise StateError("The state does not fit", problems)
+    if scope is not None:
+        state = state.with_global(scope)
+    wanted = set(renamed.values())
+    problems += [f"superfluous: {name!r} is no parameter here" for name in state.parameters if name not in wanted]
+    entries: dict[str, Entry] = {}
+    rows = []
+    for name, target in targets.items():
+        origin = renamed[name]
+        called = f"{name!r}" if name == origin else f"{name!r} (in the state {origin!r})"
+        order = tuple(axes[name]) if axes and name in axes else None
+        if origin not in state.parameters:
+            problems.append(f"missing: {called}")
+        elif reason := _misshapen(state.parameters[origin], target, order):
+            problems.append(f"shape: {called} {reason}")
+        else:
+            entries[name], unfit = _fitted(state.parameters[origin], target, order, called, values, cast)
+            problems += unfit
+            rows.append((name, origin, target.shape, order))
+    members = [{renamed[name] for name, target in targets.items() if target.group == i} for i in range(groups)]
+    numbers, unfit = _global_moments(state, members)
+    problems += unfit
+    if problems:
+        raise StateError("The state does not fit", problems)
+    return Fitted(entries, numbers, state.skipped, Report(rows, list(state.notes)))
+
+
+def arguments(state: State, framework: Framework) -> dict[str, Any]:
+    """The arguments of a framework's Ada2MS that continue a state: those of its hyperparameters that it knows.
+
+    Raises:
+        StateError: the state has groups that differ.
+    """
+    return to_arguments({**state.hyper(), "scope": state.scope, "nonfinite": state.nonfinite}, framework)
+
+
+def plain_hyperparameters(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Those of the rule's hyperparameters that are plain data: numbers, and schedules of `ada2ms.core`."""
+    kept: dict[str, Any] = {}
+    for name in vars(DEFAULTS):
+        value = values.get(name)
+        if isinstance(value, AdaptivitySchedule):
+            kept[name] = value
+        elif value is not None and not callable(value):
+            kept[name] = float(value)
+    return kept
+
+
+def optimizer_problems(optimizer: str, *, known: bool, amsgrad: bool) -> list[str]:
+    """Why there is no state of an optimizer: empty if there is.
+
+    Args:
+        optimizer: what it is called.
+        known: whether it is Ada2MS, AdamW or Adam.
+        amsgrad: whether it keeps the largest second moments.
+    """
+    if not known:
+        return [f"{optimizer} has another state (must be Ada2MS, AdamW or Adam)"]
+    return ["amsgrad: its largest second moments are no part of this state"] if amsgrad else []
+
+
+def only_count(entries: Iterable[Entry], optimizer: str) -> int:
+    """The count of updates of an optimizer that has one for all parameters, as Adam in Keras and Optax; 0 of no entry.
+
+    Raises:
+        StateError: the entries' counts differ.
+    """
+    counts = {entry.step for entry in entries}
+    if len(counts) > 1:
+        reason = f"{optimizer} has one count of updates; the state's parameters have {sorted(counts)}"
+        raise StateError("The state does not fit", [reason])
+    return max(counts, default=0)
+
+
+def _rename(own: list[str], names: Names, others: Collection[str]) -> tuple[dict[str, str], list[str]]:
+    """The state's name of each of a framework's names, and what is wrong with the mapping."""
+    problems = []
+    if callable(names):
+        renamed = {name: names(name) for name in own}
+    else:
+        known = {*own, *others}
+        problems += [f"names: there is no parameter {name!r} here" for name in names or {} if name not in known]
+        renamed = {name: (names or {}).get(name, name) for name in own}
+    by_name: dict[str, list[str]] = {}
+    for name, other in renamed.items():
+        by_name.setdefault(other, []).append(name)
+    problems += [f"names: {same} are all called {other!r}" for other, same in by_name.items() if len(same) > 1]
+    return renamed, problems
+
+
+def _axes_problems(shapes: Mapping[str, tuple[int, ...]], axes: Axes, others: Collection[str]) -> list[str]:
+    return [
+        f"axes: there is no parameter {name!r} here"
+        if name not in shapes
+        else f"axes: {tuple(order)!r} of {name!r} is no order of its {len(shapes[name])} axes"
+        for name, order in (axes or {}).items()
+        if (name not in shapes and name not in others)
+        or (name in shapes and sorted(order) != list(range(len(shapes[name]))))
+    ]
+
+
+def _misshapen(entry: Entry, target: Target, order: tuple[int, ...] | None) -> str:
+    """In what an entry's shape is not the target's; empty if it is."""
+    here = entry.exp_avg.shape
+    fits = order is None or len(order) == len(here)
+    there = here if order is None or not fits else tuple(here[i] for i in order)
+    if len(here) == len(target.shape) and there == target.shape:
+        return ""
+    return f"has {target.shape}; in the state {here}" + (f", with axes {order} {there}" if order and fits else "")
+
+
+def _fitted(
+    entry: Entry, target: Target, order: tuple[int, ...] | None, called: str, values: bool, cast: bool
+) -> tuple[Entry, list[str]]:
+    """An entry in the target's layout, and what of it is missing or does not fit the target's types."""
+    problems = []
+    if values and entry.param is None:
+        problems.append(f"missing: the value of {called} (values=False imports the optimizer's state alone)")
+    entry = _transposed(entry if values else replace(entry, param=None), order)
+    for slot, array in entry.slots().items():
+        if not cast and not _holds(target.dtypes[slot], array):
+            problems.append(
+                f"type: {slot} of {called} is {target.dtypes[slot]}, which does not hold its {array.dtype} values "
+                "(cast=True rounds them)"
+            )
+    return entry, problems
+
+
+def _global_moments(state: State, groups: list[set[str]]) -> tuple[list[tuple[float | None, int]], list[str]]:
+    """(s, k) for each of a framework's groups, given the names of its parameters; and what is wrong."""
+    numbers, problems = [], []
+    everything = _pairs(state, set(state.parameters)) or _pairs(state, None)
+    for members in groups:
+        pairs = everything if len(groups) == 1 else _pairs(state, members)
+        if len(pairs) > 1:
+            problems.append(
+                f"groups: {len(pairs)} global second moments in the state, {sorted(pairs, key=str)}, for one"
+            )
+        if not pairs and len(everything) == 1:  # a group without parameters, as yet
+            pairs = everything
+        numbers.append(min(pairs, key=str) if pairs else (0.0, 0))
+    return numbers, problems
+
+
+def _pairs(state: State, members: set[str] | None) -> set[tuple[float | None, int]]:
+    """The different (s, k) of the state's groups that have any of these parameters; of all groups for None."""
+    chosen = [group for group in state.groups if members is None or members & set(group.params)]
+    return {(group.global_exp_avg_sq, group.global_step) for group in chosen}
+
+
+def _inverse(axes: Axes, name: str) -> tuple[int, ...] | None:
+    return tuple(int(i) for i in np.argsort(axes[name])) if axes and name in axes else None
+
+
+def _transposed(entry: Entry, order: tuple[int, ...] | None) -> Entry:
+    if order is None:
+        return entry
+    moved: dict[str, Any] = {name: array.transpose(order) for name, array in entry.slots().items()}
+    return replace(entry, **moved)
+
+
+def _holds(dtype: str, array: Array) -> bool:
+    """Whether a type, by its name, holds all values of an array exactly. (NumPy has no bfloat16.)"""
+    if dtype == "bfloat16":
+        narrow = array.astype(np.float32)
+        bits = np.where(np.isnan(narrow), np.float32(0), narrow).view(np.uint32)
+        return bool(np.array_equal(narrow, array, equal_nan=True) and not np.any(bits & 0xFFFF))
+    if np.dtype(dtype).kind != "c" and array.dtype.kind == "c":
+        return False
+    with np.errstate(over="ignore"):
+        return np.dtype(dtype) == array.dtype or np.array_equal(array.astype(dtype), array, equal_nan=True)
