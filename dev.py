@@ -64,7 +64,7 @@ def test() -> list[bool]:
         run("ruff", "format", "--check", "."),
         run("ruff", "check", "."),
         run("mypy"),
-        run("ada2ms.core.golden", "--check"),
+        run("tests.golden", "--check"),
         run(*PYTEST, "not slow", keras_backend=KERAS_BACKENDS[0]),
         *(run(*PYTEST, "keras and not slow", keras_backend=backend) for backend in KERAS_BACKENDS[1:]),
     ]

@@ -13,7 +13,9 @@ import numpy as np
 import pytest
 
 import support
-from ada2ms.core import golden, golden_cases, oracle
+from ada2ms.core import golden
+from golden import cases, maker, oracle
+from golden.__main__ import main as make
 from mutants import MUTANTS, Mutant, mutate, rejection, replay
 
 CASES = {case.id: case for case in golden.load()}
@@ -23,18 +25,31 @@ CASES = {case.id: case for case in golden.load()}
 
 
 def test_shipped_vectors_are_those_that_the_oracle_makes(capsys: pytest.CaptureFixture[str]) -> None:
-    assert golden.main(["--check"]) == 0
+    assert make(["--check"]) == 0
     assert capsys.readouterr().out.startswith(f"{len(CASES)} golden cases")
 
 
+def test_what_is_installed_can_be_checked_without_the_oracle(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "mpmath", None)
+    assert golden.main(["--check"]) == 0
+    assert capsys.readouterr().out == f"{len(CASES)} golden cases in 8 files, as SHA256SUMS lists them\n"
+    files = damaged(turn_a_digit, resum=False)
+    monkeypatch.setattr(golden, "shipped", lambda: files)
+    monkeypatch.setattr(golden, "load", golden.load.__wrapped__)
+    assert golden.main(["--check"]) == 1
+    assert capsys.readouterr().err == "Golden vectors are damaged: groups.json does not match SHA256SUMS\n"
+
+
 def test_ids_flags_and_headers() -> None:
-    contents = [json.loads(data) for name, data in golden._shipped().items() if name != golden.CHECKSUMS]
+    contents = [json.loads(data) for name, data in golden.shipped().items() if name != golden.CHECKSUMS]
     assert len(CASES) == sum(len(content["cases"]) for content in contents), "two cases share an id"
     for content in contents:
         assert (content["schema"], content["spec"]) == (golden.SCHEMA, golden.SPEC)
         assert "50 digits" in content["generator"]
         assert set(content["notes"]) == {flag for case in content["cases"] for flag in case["flags"]}
-    assert {flag for case in CASES.values() for flag in case.flags} == set(golden_cases.NOTES)
+    assert {flag for case in CASES.values() for flag in case.flags} == set(cases.NOTES)
 
 
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES)
@@ -51,9 +66,9 @@ def test_inputs(case: golden.Case) -> None:
 
 
 def damaged(change: Callable[[dict[str, bytes]], None], resum: bool) -> dict[str, bytes]:
-    shipped = golden._shipped()
+    shipped = golden.shipped()
     change(shipped)
-    return {**shipped, golden.CHECKSUMS: golden._checksums(shipped)} if resum else shipped
+    return {**shipped, golden.CHECKSUMS: golden.checksums(shipped)} if resum else shipped
 
 
 def turn_a_digit(shipped: dict[str, bytes]) -> None:
@@ -88,7 +103,7 @@ def drop_cases(shipped: dict[str, bytes]) -> None:
 )
 def test_load_refuses_damaged_files(change: Any, resum: bool, problem: str, monkeypatch: pytest.MonkeyPatch) -> None:
     files = damaged(change, resum)
-    monkeypatch.setattr(golden, "_shipped", lambda: files)
+    monkeypatch.setattr(golden, "shipped", lambda: files)
     with pytest.raises(ValueError, match=problem):
         golden.load.__wrapped__()
 
@@ -100,26 +115,26 @@ def test_load_refuses_damaged_files(change: Any, resum: bool, problem: str, monk
         (drop_a_file, "long.json is not what the oracle makes"),
         (add_a_file, "SHA256SUMS is not what the oracle makes"),
         (dict.clear, "fewer than"),
-        (lambda shipped: shipped.update({"basics.json": shipped["basics.json"] + b" " * golden.LIMIT}), "exceed"),
+        (lambda shipped: shipped.update({"basics.json": shipped["basics.json"] + b" " * maker.LIMIT}), "exceed"),
     ],
 )
 def test_check_fails(
     change: Any, problem: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Also where the checksums were made anew."""
-    made, files = golden._shipped(), damaged(change, resum=True)
-    monkeypatch.setattr(golden, "make", lambda: made)  # as the first test has shown
-    monkeypatch.setattr(golden, "_shipped", lambda: files)
-    assert golden.main(["--check"]) == 1
+    made, files = golden.shipped(), damaged(change, resum=True)
+    monkeypatch.setattr(maker, "make", lambda: made)  # as the first test has shown
+    monkeypatch.setattr(golden, "shipped", lambda: files)
+    assert make(["--check"]) == 1
     assert problem in capsys.readouterr().err
 
 
 def test_write_replaces_the_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    made = golden._shipped()
+    made = golden.shipped()
     (tmp_path / "stale.json").write_text("{}")
-    monkeypatch.setattr(golden, "make", lambda: made)
-    monkeypatch.setattr(golden, "_folder", lambda: tmp_path)
-    assert golden.main(["--write"]) == 0
+    monkeypatch.setattr(maker, "make", lambda: made)
+    monkeypatch.setattr(golden, "folder", lambda: tmp_path)
+    assert make(["--write"]) == 0
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == made
 
 
@@ -170,10 +185,13 @@ def test_oracle_at_adaptivity_0_is_normalised_momentum() -> None:
         np.testing.assert_allclose(want, by_hand, rtol=1e-14)
 
 
-def test_oracle_names_the_extra_it_needs(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_oracle_names_the_extra_it_needs(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setitem(sys.modules, "mpmath", None)
     with pytest.raises(ImportError, match=r"needs mpmath.*ada2ms\[dev\]"):
-        golden.main(["--check"])
+        maker.check()
+    for option in ("--check", "--write"):
+        assert make([option]) == 2
+        assert len(capsys.readouterr().err.splitlines()) == 1
 
 
 # What the vectors reject.

@@ -3,9 +3,11 @@
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
+ROOT = Path(__file__).parents[1]
 FRAMEWORKS = ("torch", "tensorflow", "keras", "jax", "optax")
 
 
@@ -22,7 +24,9 @@ def run(code: str, absent: str = "", keras_backend: str = "jax") -> str:
     """What `code` prints in a fresh interpreter in which `absent` is not installed."""
     code = ABSENT.format(absent) + code
     environment = {**os.environ, "KERAS_BACKEND": keras_backend, "TF_CPP_MIN_LOG_LEVEL": "3"}
-    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=environment, cwd=ROOT, capture_output=True, text=True, check=False
+    )
     assert done.returncode == 0, done.stderr
     return done.stdout.strip()
 
@@ -35,7 +39,7 @@ def run(code: str, absent: str = "", keras_backend: str = "jax") -> str:
         "import ada2ms; ada2ms.core.Ada2MS([]).step([])",
         "import ada2ms; dir(ada2ms)",
         "from ada2ms.core import golden; assert golden.load()",
-        "from ada2ms.core import oracle, golden_cases; assert golden_cases.themes()",
+        "from tests.golden import cases, maker, oracle; assert cases.themes()",
     ],
 )
 def test_core_loads_no_framework(code: str) -> None:

@@ -371,7 +371,7 @@ class Optimizing:
             optimizer = KerasAda2MS(**options)
             import_state(params, optimizer, state)
             self.exported = export_state(params, optimizer)
-            self.step = lambda: optimizer.apply([keras.ops.ones_like(v) for v in params], params)
+            self.step = lambda: optimizer.apply([keras.ops.ones_like(v.value) for v in params], params)
 
 
 def test_a_warm_start_counts_complex_tensors_as_pairs_of_reals() -> None:
