@@ -49,7 +49,7 @@ def assert_same(left: list[nn.Parameter], right: list[nn.Parameter], bound: floa
     """`bound` is relative to the largest entry of each tensor."""
     for p, q in zip(left, right, strict=True):
         if p.numel():
-            assert (p.double() - q.double()).abs().max() <= bound * q.double().abs().max()
+            assert (p.double().cpu() - q.double().cpu()).abs().max() <= bound * q.double().abs().max().cpu()
 
 
 @pytest.mark.parametrize("scope", ["model", "tensor"])

@@ -52,9 +52,9 @@ def squares(parts: list[Tensor], dtype: torch.dtype) -> Tensor:
             wide = torch.float64 if any(parts[i].dtype == torch.float64 for i in many) else torch.float32
             norms = dict(zip(many, torch._foreach_norm([parts[i] for i in many], 2, dtype=wide), strict=True))
     found = [norms[i] if i in norms else _norm(part) for i, part in enumerate(parts)]
-    place, widest = found[0].device, max((x.dtype for x in found), key=lambda x: x.itemsize)
-    if any(x.device != place or x.dtype != widest for x in found):
-        found = [x.to(place, widest) for x in found]
+    place, dtype_of_norms = found[0].device, found[0].dtype
+    if any(x.device != place or x.dtype != dtype_of_norms for x in found):
+        found = [x.to(place, dtype) for x in found]
     return torch.stack(found).to(dtype).square()  # one conversion, not one for each
 
 
