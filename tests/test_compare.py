@@ -134,7 +134,7 @@ def test_decay_is_for_weights_alone(task: str) -> None:
     decayed, rest = (group["params"] for group in _groups(model, 0.1))
     assert len(decayed) + len(rest) == len(list(model.parameters()))
     assert all(p.ndim > 1 for p in decayed)
-    assert sum(p.ndim > 1 for p in rest) == ("former" in task or "ViT" in task)  # embeddings of places
+    assert sum(p.ndim > 1 for p in rest) == ("former" in task or "ViT" in task)  # embeddings of positions
 
 
 def test_evaluation() -> None:

@@ -20,7 +20,7 @@ from ada2ms.demo.run import deviation, mutual_bound
 from support import settings
 
 Array = Any
-LEG = 5  # steps in each framework
+SEGMENT = 5  # steps in each framework
 OPTIONS: dict[str, dict[str, Any]] = {
     "half-way": {"adaptivity": 0.5},
     "transition, tensor": {"adaptivity": core.Cosine(1.0, 0.0, 12), "scope": "tensor", "nonfinite": "skip"},
@@ -77,15 +77,15 @@ def beginning(dtype: str, options: str) -> State:
     return State(entries, [Group(names, {}, None if own is not None else 0.0, 0)], scope=scope)
 
 
-def run(legs: tuple[str, ...], dtype: str, options: str, file: Path | None = None) -> list[list[Array]]:
-    """The parameters after each step, `LEG` in each framework, handed over through a file if one is given."""
+def run(segments: tuple[str, ...], dtype: str, options: str, file: Path | None = None) -> list[list[Array]]:
+    """The parameters after each step, `SEGMENT` in each framework, handed over through a file if one is given."""
     state, found = beginning(dtype, options), []
-    batches = digits.load(dtype).batches(LEG * len(legs), seed=0)
+    batches = digits.load(dtype).batches(SEGMENT * len(segments), seed=0)
     with precision(dtype):
-        for framework in legs:
+        for framework in segments:
             using = trainer(framework, dtype, options)
             using.import_state(state)
-            for _ in range(LEG):
+            for _ in range(SEGMENT):
                 using.step(*next(batches))
                 found.append(using.parameters())
             state = using.export_state()
@@ -96,13 +96,13 @@ def run(legs: tuple[str, ...], dtype: str, options: str, file: Path | None = Non
 
 
 @cache
-def alone(framework: str, legs: int, dtype: str, options: str) -> list[list[Array]]:
-    """Without interruption: one leg of all the steps."""
+def alone(framework: str, segments: int, dtype: str, options: str) -> list[list[Array]]:
+    """Without interruption: one segment of all the steps."""
     using = trainer(framework, dtype, options)
     with precision(dtype):
         using.import_state(beginning(dtype, options))
         found = []
-        for images, labels in digits.load(dtype).batches(LEG * legs, seed=0):
+        for images, labels in digits.load(dtype).batches(SEGMENT * segments, seed=0):
             using.step(images, labels)
             found.append(using.parameters())
     return found

@@ -85,3 +85,60 @@ def test_unknown_attribute() -> None:
 
     with pytest.raises(AttributeError, match="'ada2ms' has no attribute 'tensorflow'"):
         ada2ms.tensorflow  # noqa: B018
+
+
+ENTRY_POINTS = [
+    ("rich", ["ada2ms", "demo"], "The demo needs rich: pip install 'ada2ms[demo]'"),
+    ("sklearn", ["ada2ms", "demo"], "The demo needs sklearn: pip install 'ada2ms[demo]'"),
+    ("torch", ["ada2ms", "demo", "--frameworks", "torch"], "torch: torch not installed (pip install 'ada2ms[torch]')"),
+    ("jax", ["ada2ms", "demo", "--frameworks", "tf"], "tf: jax, which KERAS_BACKEND names, not installed"),
+    (
+        "pytorch_optimizer",
+        ["ada2ms", "compare"],
+        "The comparison needs pytorch_optimizer: pip install 'ada2ms[compare]'",
+    ),
+    ("torch", ["ada2ms", "compare"], "The comparison needs torch: pip install 'ada2ms[compare]'"),
+    (
+        "safetensors",
+        ["ada2ms", "state", "show", "tests/data/state-format-1.safetensors"],
+        "ada2ms.state needs safetensors, which is not installed: pip install 'ada2ms[state]'",
+    ),
+    (
+        "torch",
+        ["ada2ms", "state", "show", "a.pt"],
+        "ada2ms.torch needs torch, which is not installed: pip install 'ada2ms[torch]'",
+    ),
+    (
+        "keras",
+        ["ada2ms", "state", "show", "a.keras"],
+        "ada2ms.tf needs keras, which is not installed: pip install 'ada2ms[tf]'",
+    ),
+    (
+        "mpmath",
+        ["tests.golden", "--check"],
+        "making or checking golden vectors needs mpmath, which is not installed: pip install 'ada2ms[dev]'",
+    ),
+]
+
+
+@pytest.mark.parametrize(("absent", "command", "sentence"), ENTRY_POINTS)
+def test_an_entry_point_says_in_one_line_what_it_needs(absent: str, command: list[str], sentence: str) -> None:
+    """And fails, with the exit status of a wrong argument."""
+    module, *arguments = command
+    code = f"""
+import contextlib, io, runpy
+sys.argv = {[module, *arguments]}
+said = io.StringIO()
+try:
+    with contextlib.redirect_stderr(said), contextlib.redirect_stdout(said):
+        runpy.run_module({module!r}, run_name="__main__")
+except SystemExit as exit_:
+    print(exit_.code)
+print(said.getvalue())"""
+    status, *lines = run(code, absent).splitlines()
+    assert (status, len(lines)) == ("2", 1)
+    assert sentence in lines[0]
+
+
+def test_checking_what_is_installed_needs_nothing_else() -> None:
+    assert "golden cases" in run("from ada2ms.core import golden; golden.main(['--check'])", "mpmath")

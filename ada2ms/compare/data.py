@@ -70,8 +70,8 @@ def draw_glyphs(each: int, seed: int, side: int = 12) -> Split:
         wide, high = rng.uniform(0.6, 0.9, 2)
         linear = linear @ np.array([[wide, rng.normal(0, 0.1)], [0, high]])
         bend = gaussian_filter(rng.normal(0, 1, (2, side, side)), (0, 2, 2)).reshape(2, -1)
-        places = linear @ grid + rng.normal(0, 0.06, (2, 1)) + 0.4 * bend
-        drawn = map_coordinates(source, (places + 1) * (source.shape[0] - 1) / 2, order=1).reshape(side, side)
+        positions = linear @ grid + rng.normal(0, 0.06, (2, 1)) + 0.4 * bend
+        drawn = map_coordinates(source, (positions + 1) * (source.shape[0] - 1) / 2, order=1).reshape(side, side)
         direction = rng.uniform(0, np.pi)
         across = np.cos(direction) * grid[0] + np.sin(direction) * grid[1] - rng.uniform(-0.7, 0.7)
         stroke = np.exp(-((across / 0.08) ** 2)).reshape(side, side) * rng.uniform(0, 0.5)

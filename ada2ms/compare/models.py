@@ -81,17 +81,17 @@ class _ConvNeXtBlock(nn.Module):
 
 
 class VisionTransformer(nn.Module):
-    """A small ViT (Dosovitskiy et al. 2021): patches of a quarter of the side, three layers, mean over places."""
+    """A small ViT (Dosovitskiy et al. 2021): patches of a quarter of the side, three layers, mean over positions."""
 
     def __init__(self, channels: int, classes: int, width: int, side: int) -> None:
         super().__init__()
         self.patches = nn.Conv2d(channels, width, side // 4, side // 4)
-        self.places = nn.Parameter(0.02 * torch.randn(16, width))
+        self.positions = nn.Parameter(0.02 * torch.randn(16, width))
         self.layers = _transformer(width, 3)
         self.head = nn.Linear(width, classes)
 
     def forward(self, x: Tensor) -> Tensor:
-        logits: Tensor = self.head(self.layers(self.patches(x).flatten(2).mT + self.places).mean(1))
+        logits: Tensor = self.head(self.layers(self.patches(x).flatten(2).mT + self.positions).mean(1))
         return logits
 
 
@@ -101,13 +101,13 @@ class TextTransformer(nn.Module):
     def __init__(self, characters: int, length: int, width: int) -> None:
         super().__init__()
         self.tokens = nn.Embedding(characters, width)
-        self.places = nn.Parameter(0.02 * torch.randn(length, width))
+        self.positions = nn.Parameter(0.02 * torch.randn(length, width))
         self.layers = _transformer(width, 2)
         self.head = nn.Linear(width, characters)
 
     def forward(self, x: Tensor) -> Tensor:
         mask = nn.Transformer.generate_square_subsequent_mask(x.shape[1], device=x.device)
-        logits: Tensor = self.head(self.layers(self.tokens(x) + self.places, mask=mask, is_causal=True))
+        logits: Tensor = self.head(self.layers(self.tokens(x) + self.positions, mask=mask, is_causal=True))
         return logits
 
 

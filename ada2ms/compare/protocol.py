@@ -10,7 +10,7 @@ The first two stages look at the validation split alone, and use one seed. A see
 of the batches, the same for every optimizer. The best is the one of the highest validation accuracy, and of the lowest
 validation loss among equals. Grids have as many points, equally far apart, for every optimizer. Everything else is the
 same for all: model, batch size, number of steps, a linear warm-up over the first twentieth of the steps and half a
-cosine down to a hundredth of the peak, no decay on biases, norms and embeddings of places, no clipping.
+cosine down to a hundredth of the peak, no decay on biases, norms and embeddings of positions, no clipping.
 """
 
 import math

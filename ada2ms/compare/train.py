@@ -86,7 +86,7 @@ def _groups(model: nn.Module, decay: float) -> list[dict[str, Any]]:
     decayed: list[nn.Parameter] = []
     rest: list[nn.Parameter] = []
     for name, p in model.named_parameters():
-        (decayed if p.ndim > 1 and name != "places" else rest).append(p)
+        (decayed if p.ndim > 1 and name != "positions" else rest).append(p)
     return [{"params": decayed, "weight_decay": decay}, {"params": rest, "weight_decay": 0.0}]
 
 

@@ -68,7 +68,7 @@ class Run:
         from_rule: deviation from the NumPy rule in float64, fed the same gradients.
         accuracy: fraction of the test images labelled rightly at the end.
         seconds: wall-clock time of the training steps, compilation included.
-        starts: the first step of each leg: 1, and those before which the training was handed over.
+        starts: the first step of each segment: 1, and those before which the training was handed over.
     """
 
     framework: str
@@ -82,7 +82,7 @@ class Run:
 
 
 def train(
-    legs: Sequence[str],
+    segments: Sequence[str],
     steps: int,
     seed: int,
     adaptivity: Scheduled,
@@ -91,8 +91,8 @@ def train(
     """Trains the convnet on the digits for `steps` steps, on the CPU, in float32.
 
     Args:
-        legs: of `FRAMEWORKS`, installed: the one to train in; or several, each of which takes parameters and optimizer
-            state over from the one before and trains for its share of the steps.
+        segments: of `FRAMEWORKS`, installed: the one to train in; or several, each of which takes over parameters and
+            optimizer state from the one before and trains for its share of the steps.
         steps: number of batches, at least 1.
         seed: of the initial weights and of the batches.
         adaptivity: a number in [0, 1] or a schedule of ada2ms.core.
@@ -103,16 +103,16 @@ def train(
     reference = [w.astype(np.float64) for w in weights]
     rule = core.Ada2MS(reference, lr=LEARNING_RATE, adaptivity=adaptivity)
     batches = iter(progress(data.batches(steps, seed)))
-    run, state, titles = Run("->".join(legs), "", [], [], [], 0.0, 0.0, []), None, []
-    for leg, framework in enumerate(legs):
+    run, state, titles = Run("->".join(segments), "", [], [], [], 0.0, 0.0, []), None, []
+    for segment, framework in enumerate(segments):
         title, trainer, device = _TRAINERS[framework](weights, adaptivity)
         titles.append(title)
         with device:
             if state is not None:
                 trainer.import_state(state)
             run.starts.append(len(run.losses) + 1)
-            last = leg + 1 == len(legs)  # which uses the batches up, so that the progress is shown to the end
-            share = None if last else steps * (leg + 1) // len(legs) - len(run.losses)
+            last = segment + 1 == len(segments)  # which uses the batches up, so that the progress is shown to the end
+            share = None if last else steps * (segment + 1) // len(segments) - len(run.losses)
             for images, labels in islice(batches, share):
                 start = time.perf_counter()
                 loss, gradients = trainer.step(images, labels)
@@ -123,8 +123,8 @@ def train(
                 run.from_rule.append(deviation(run.parameters[-1], reference))
             state = trainer.export_state()
             run.accuracy = float(np.mean(trainer.predict(data.test_images) == data.test_labels))
-        weights = initial_weights(CONVNET, seed + leg + 1)  # the next has nothing but what it is handed
-    run.title = titles[0] if len(legs) == 1 else "handed over"
+        weights = initial_weights(CONVNET, seed + segment + 1)  # the next has nothing but what it is handed
+    run.title = titles[0] if len(segments) == 1 else "handed over"
     return run
 
 
@@ -161,6 +161,9 @@ def missing(framework: str) -> str | None:
         return f"{framework}: {' and '.join(absent)} not installed (pip install 'ada2ms[{framework}]')"
     if framework == "tf" and not any(find_spec(backend) for backend in KERAS_BACKENDS):
         return f"tf: Keras has no backend (install one of {', '.join(KERAS_BACKENDS)})"
+    chosen = os.environ.get("KERAS_BACKEND")
+    if framework == "tf" and chosen in KERAS_BACKENDS and find_spec(chosen) is None:
+        return f"tf: {chosen}, which KERAS_BACKEND names, not installed"
     return None
 
 

@@ -3,9 +3,14 @@
 import argparse
 import sys
 from dataclasses import replace
-from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+from ada2ms._extras import require_all
+from ada2ms.cli.arguments import whole_number
+
+if TYPE_CHECKING:
+    from ada2ms.compare.protocol import Protocol
 
 _MODULES = ("torch", "pytorch_optimizer", "sklearn", "matplotlib", "rich")
 
@@ -18,7 +23,7 @@ def add(commands: Any) -> None:
         description="Tunes and trains every optimizer in the same way (docs/comparison.md says how) and writes tables "
         "and pictures. A comparison that was stopped goes on where it was when it is started again.",
     )
-    command.set_defaults(run=compare)
+    command.set_defaults(run=run)
     command.add_argument(
         "--out", type=Path, default=Path("ada2ms-compare"), help="folder of the records (default: %(default)s)"
     )
@@ -26,17 +31,19 @@ def add(commands: Any) -> None:
     command.add_argument("--tasks", nargs="+", metavar="TASK", help="whole names, or the words that they begin with")
     command.add_argument("--optimizers", nargs="+", metavar="OPTIMIZER", help="likewise")
     command.add_argument("--cifar", type=Path, metavar="FOLDER", help="holds cifar-10-batches-py or cifar-100-python")
-    command.add_argument("--seeds", type=_above_0, metavar="N", help="how many to test with (default: 5)")
-    command.add_argument("--workers", type=_above_0, metavar="N", help="runs at a time (default: as many as cores)")
+    command.add_argument(
+        "--seeds", type=whole_number("seeds", 1), metavar="N", help="how many to test with (default: 5)"
+    )
+    command.add_argument(
+        "--workers", type=whole_number("workers", 1), metavar="N", help="runs at a time (default: as many as cores)"
+    )
     command.add_argument("--device", default="cpu", help="of torch, on which to train (default: %(default)s)")
     command.add_argument("--report", action="store_true", help="only write tables and pictures of what is finished")
 
 
-def compare(arguments: argparse.Namespace) -> int:
+def run(arguments: argparse.Namespace) -> int:
     """Does, or goes on with, a comparison and reports; 0 if it is finished, 2 if it cannot run, 130 if interrupted."""
-    if absent := [module for module in _MODULES if find_spec(module) is None]:
-        print(f"The comparison needs {', '.join(absent)}: pip install 'ada2ms[compare]'", file=sys.stderr)
-        return 2
+    require_all("The comparison", _MODULES, "compare")
     from rich.console import Console
     from rich.progress import (
         BarColumn,
@@ -48,20 +55,10 @@ def compare(arguments: argparse.Namespace) -> int:
     )
 
     from ada2ms.compare import report, runner
-    from ada2ms.compare.optimizers import CANDIDATES
-    from ada2ms.compare.protocol import SMOKE, TASKS, Protocol
 
     console = Console()
-    protocol = SMOKE if arguments.smoke else Protocol()
-    if arguments.cifar is not None:
-        protocol = replace(protocol, tasks=tuple(name for name, task in TASKS.items() if task.data == "CIFAR"))
     try:
-        if arguments.tasks:
-            protocol = replace(protocol, tasks=_named("tasks", arguments.tasks, tuple(TASKS)))
-        if arguments.optimizers:
-            protocol = replace(protocol, optimizers=_named("optimizers", arguments.optimizers, tuple(CANDIDATES)))
-        if arguments.seeds:
-            protocol = replace(protocol, seeds=tuple(range(1, arguments.seeds + 1)))
+        protocol = _protocol(arguments)
         if arguments.report:
             records = runner.load(arguments.out)
         else:
@@ -98,6 +95,27 @@ def compare(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def _protocol(arguments: argparse.Namespace) -> "Protocol":
+    """The protocol that the arguments choose.
+
+    Raises:
+        ValueError: there is no such task or optimizer.
+    """
+    from ada2ms.compare.optimizers import CANDIDATES
+    from ada2ms.compare.protocol import SMOKE, TASKS, Protocol
+
+    protocol = SMOKE if arguments.smoke else Protocol()
+    if arguments.cifar is not None:
+        protocol = replace(protocol, tasks=tuple(name for name, task in TASKS.items() if task.data == "CIFAR"))
+    if arguments.tasks:
+        protocol = replace(protocol, tasks=_named("tasks", arguments.tasks, tuple(TASKS)))
+    if arguments.optimizers:
+        protocol = replace(protocol, optimizers=_named("optimizers", arguments.optimizers, tuple(CANDIDATES)))
+    if arguments.seeds:
+        protocol = replace(protocol, seeds=tuple(range(1, arguments.seeds + 1)))
+    return protocol
+
+
 def _named(argument: str, wanted: list[str], names: tuple[str, ...]) -> tuple[str, ...]:
     """The names that begin with the words wanted, or are them.
 
@@ -112,9 +130,3 @@ def _named(argument: str, wanted: list[str], names: tuple[str, ...]) -> tuple[st
             raise ValueError(f"Invalid {argument}: {words!r} (must be or begin one of: {'; '.join(names)})")
         found += matches
     return tuple(name for name in names if name in found)
-
-
-def _above_0(text: str) -> int:
-    if not text.isdecimal() or int(text) == 0:
-        raise argparse.ArgumentTypeError(f"{text!r} is no whole number above 0")
-    return int(text)

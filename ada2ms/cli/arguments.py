@@ -1,0 +1,39 @@
+"""Arguments of the command line: from text to values, or an error that says what is allowed."""
+
+import argparse
+from collections.abc import Callable
+from dataclasses import fields
+
+from ada2ms.core import schedules
+from ada2ms.core.hyperparameters import Scheduled, check
+
+
+def adaptivity(text: str) -> Scheduled:
+    """A number in [0, 1], or the kind and the fields of a schedule, such as `linear:1:0:200`, `exponential:1:0:50`."""
+    kind, *values = text.split(":")
+    try:
+        if not values:
+            number = float(kind)
+            check("adaptivity", number)
+            return number
+        if kind not in schedules.KINDS:
+            raise ValueError(f"must be a number, or one of {', '.join(schedules.KINDS)} with its fields")
+        names = [field.name for field in fields(schedules.KINDS[kind])]
+        if len(values) != len(names):
+            raise ValueError(f"must be {':'.join([kind, *names])}")
+        given = {name: int(x) if name == "steps" else float(x) for name, x in zip(names, values, strict=True)}
+        return schedules.from_dict({"schedule": kind, **given})
+    except (TypeError, ValueError) as error:
+        raise argparse.ArgumentTypeError(f"Invalid adaptivity: {text!r} ({error})") from None
+
+
+def whole_number(argument: str, smallest: int) -> Callable[[str], int]:
+    """Reads whole numbers from `smallest` on, which is 0 or 1."""
+
+    def read(text: str) -> int:
+        if not text.isdecimal() or int(text) < smallest:
+            allowed = "a whole number above 0" if smallest else "a whole number, at least 0"
+            raise argparse.ArgumentTypeError(f"Invalid {argument}: {text!r} (must be {allowed})")
+        return int(text)
+
+    return read

@@ -1,0 +1,93 @@
+"""`ada2ms demo`: the same network in every framework, on this machine."""
+
+import argparse
+import json
+import sys
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from ada2ms._extras import require_all
+from ada2ms.cli.arguments import adaptivity, whole_number
+from ada2ms.core.hyperparameters import DEFAULTS
+
+
+def add(commands: Any) -> None:
+    """Adds `demo` to the command line."""
+    command = commands.add_parser("demo", help="train the same network on real data in every installed framework")
+    command.set_defaults(run=run)
+    command.add_argument(
+        "--steps", type=whole_number("steps", 1), default=200, help="batches to train on (default: %(default)s)"
+    )
+    command.add_argument(
+        "--seed", type=whole_number("seed", 0), default=0, help="of the weights and batches (default: %(default)s)"
+    )
+    command.add_argument(
+        "--adaptivity",
+        type=adaptivity,
+        default=DEFAULTS.adaptivity,
+        help="a number in [0, 1] or a schedule such as linear:1:0:200 (default: %(default)s)",
+    )
+    command.add_argument("--out", type=Path, default=Path("ada2ms-demo"), help="folder for the picture")
+    command.add_argument("--frameworks", nargs="+", choices=("torch", "tf", "jax"), help="default: those installed")
+    command.add_argument(
+        "--handoff",
+        action="store_true",
+        help="one more run, handed from framework to framework: each goes on from the state of the one before",
+    )
+    command.add_argument("--json", action="store_true", help="print JSON instead of the table")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Trains the same network in every framework; 0 if the trajectories stay together, 1 if not, 2 if it cannot run.
+
+    130 if it is interrupted.
+    """
+    require_all("The demo", ("sklearn", "matplotlib", "rich"), "demo")
+    from rich.console import Console
+    from rich.progress import Progress
+
+    from ada2ms.demo.run import FRAMEWORKS, missing, parted, train
+
+    console = Console(stderr=arguments.json)
+    wanted = list(dict.fromkeys(arguments.frameworks or FRAMEWORKS))
+    lacking = {name: reason for name in wanted if (reason := missing(name))}
+    for reason in lacking.values():
+        console.print(f"Not installed: {reason}", markup=False, soft_wrap=True)
+    installed = [name for name in wanted if name not in lacking]
+    if not installed or (arguments.frameworks and lacking):
+        return 2
+
+    from ada2ms.demo import report
+
+    try:
+        arguments.out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        print(f"Invalid out: {str(arguments.out)!r} ({error.strerror})", file=sys.stderr)
+        return 2
+    try:
+        with Progress(console=console) as progress:
+            runs = [
+                train(
+                    segments,
+                    arguments.steps,
+                    arguments.seed,
+                    arguments.adaptivity,
+                    partial(progress.track, total=arguments.steps, description="->".join(segments)),
+                )
+                for segments in [*([name] for name in installed), *([[*installed, installed[0]]] * arguments.handoff)]
+            ]
+    except KeyboardInterrupt:
+        print("Stopped", file=sys.stderr)
+        return 130
+    file = arguments.out / "trajectories.png"
+    report.picture(runs, file)
+    if arguments.json:
+        print(json.dumps(report.data(runs), indent=1))
+    else:
+        console.print(report.table(runs))
+    console.print(f"Picture: {file}", markup=False, soft_wrap=True)
+    over = parted(runs)
+    for sentence in over:
+        console.print(f"Beyond the bound: {sentence}", markup=False, soft_wrap=True)
+    return 1 if over else 0
