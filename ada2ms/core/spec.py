@@ -140,7 +140,7 @@ class Ada2MS:
 
         squares = [None if g is None else float(np.sum(np.square(g, dtype=np.float64))) for g in gradients]
         total = sum(x for x in squares if x is not None)
-        entries = sum(p.size for p, x in zip(params, squares, strict=True) if x is not None)
+        numel = sum(p.size for p, x in zip(params, squares, strict=True) if x is not None)
         if all(x is None for x in squares):
             return
         if self.nonfinite == "skip" and not math.isfinite(total):
@@ -149,7 +149,7 @@ class Ada2MS:
 
         remaining = iter(zip(gradients, squares, strict=True))
         for group in self.groups:
-            update(group, [next(remaining) for _ in group.params], mean(total, entries))
+            update(group, [next(remaining) for _ in group.params], mean(total, numel))
 
 
 def update(group: Group, gradients: list[tuple[Array | None, float | None]], mean_square: float) -> None:
@@ -160,7 +160,7 @@ def update(group: Group, gradients: list[tuple[Array | None, float | None]], mea
     group.global_step += 1
     if group.scope == "model":
         s = group.global_exp_avg_sq[0] = b2 * group.global_exp_avg_sq[0] + (1 - b2) * mean_square
-        s_hat = s / correction(b2, group.global_step)
+        s_hat = s / bias_correction(b2, group.global_step)
 
     for i, (g, square) in enumerate(gradients):
         if g is None or square is None:
@@ -173,19 +173,23 @@ def update(group: Group, gradients: list[tuple[Array | None, float | None]], mea
         v[...] = b2 * v + (1 - b2) * g * g
         if group.scope == "tensor":
             s = group.global_exp_avg_sq[i] = b2 * group.global_exp_avg_sq[i] + (1 - b2) * mean(square, theta.size)
-            s_hat = s / correction(b2, t)
-        m_hat = m / correction(b1, t)
-        v_hat = v / correction(b2, t)
+            s_hat = s / bias_correction(b2, t)
+        m_hat = m / bias_correction(b1, t)
+        v_hat = v / bias_correction(b2, t)
+        # d = v_hat^(a/2) * s_hat^((1-a)/2) + eps
         d = v_hat ** (a / 2) * s_hat ** ((1 - a) / 2) + eps
         d = np.where(d == 0, np.inf, d)  # only without eps: where nothing has moved yet, the update is 0
         theta[...] = theta.astype(m.dtype) * (1 - lr * wd) - lr * m_hat / d
 
 
-def mean(total: float, entries: int) -> float:
-    """`total / entries`; 0 over no entries."""
-    return total / entries if entries else 0.0
+def mean(total: float, numel: int) -> float:
+    """`total / numel`; 0 over no entries."""
+    return total / numel if numel else 0.0
 
 
-def correction(beta: float, count: int) -> float:
+def bias_correction(beta: float, count: int) -> float:
     """1 - beta**count, without the cancellation that costs 1 - beta**count its digits; 1 for beta = 0."""
     return -math.expm1(count * math.log(beta)) if beta else 1.0
+
+
+correction = bias_correction
