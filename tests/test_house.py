@@ -1,6 +1,7 @@
 """How the code is built, as CONTRIBUTING says: who imports whom, and how long files and functions are."""
 
 import ast
+import re
 from collections.abc import Iterator
 from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
@@ -120,3 +121,16 @@ def test_files_and_functions_are_short() -> None:
     long_functions = [f"{path}: {name}" for path in files for name, length in lengths(path) if length > 60]
     assert not long_files
     assert not long_functions
+
+
+MARKER = re.compile(r"^\s*(#|//) d = ", re.MULTILINE)  # above each statement that states the denominator
+MARKED = ("ada2ms/core", "tests/golden")
+
+
+def test_every_statement_of_the_denominator_is_listed() -> None:
+    """In CONTRIBUTING, "Changing the rule": the files with the number of marked statements in each."""
+    section = (ROOT / "CONTRIBUTING.md").read_text().partition("## Changing the rule")[2].partition("\n## ")[0]
+    listed = {file: int(count) for file, count in re.findall(r"^- `([^`]+)` \((\d+)\)", section, re.MULTILINE)}
+    files = [path for folder in MARKED for path in (ROOT / folder).rglob("*") if path.suffix in (".py", ".cpp")]
+    found = {str(path.relative_to(ROOT)): len(MARKER.findall(path.read_text())) for path in files}
+    assert {file: count for file, count in found.items() if count} == listed

@@ -60,10 +60,10 @@ def show(arguments: argparse.Namespace) -> int:
         print(
             f"group {i}     {len(group.params)} parameters; s {group.global_exp_avg_sq}, k {group.global_step}; {hyper}"
         )
-    wide = max((len(name) for name in state.parameters), default=0)
+    width = max((len(name) for name in state.parameters), default=0)
     for name, entry in state.parameters.items():
         norms = "  ".join(f"|{slot}| {np.linalg.norm(array.ravel()):.3e}" for slot, array in entry.slots().items())
-        print(f"{name:{wide}}  {entry.exp_avg.shape!s:16}  {entry.exp_avg.dtype}  step {entry.step}  {norms}")
+        print(f"{name:{width}}  {entry.exp_avg.shape!s:16}  {entry.exp_avg.dtype}  step {entry.step}  {norms}")
     return 0
 
 
@@ -168,5 +168,5 @@ def _kind(file: Path) -> str:
 
 
 def _unequal(what: str, left: Any, right: Any) -> list[str]:
-    same = left == right or (left != left and right != right)  # a NaN is itself
+    same = left == right or (left != left and right != right)  # NaN equals NaN here
     return [] if same else [f"{what}: {left} and {right}"]

@@ -83,6 +83,7 @@ def denom_scale(adaptivity: Any, s_hat: Any, bias_correction2: Any, power: Power
 
     At the numbers 0 and 1 the term that is 1 is not computed: at 0 `bias_correction2` may be anything, at 1 `s_hat`.
     """
+    # d = denom_scale * v^(a/2) + eps
     if _is(0, adaptivity):
         return power(s_hat, 0.5)
     if _is(1, adaptivity):

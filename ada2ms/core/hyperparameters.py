@@ -1,4 +1,4 @@
-"""Hyperparameters: their defaults and their validation, in one place for every backend."""
+"""Hyperparameters: defaults, validation, and names in every framework, for all backends."""
 
 import math
 from collections.abc import Callable, Mapping
@@ -10,8 +10,8 @@ import numpy as np
 Scope = Literal["model", "tensor"]
 Nonfinite = Literal["propagate", "skip"]
 Framework = Literal["torch", "keras", "optax"]
-# A number, or a function of the count of completed updates. `Any`, because the count and the value belong to whichever
-# framework the schedule runs in.
+# A function of the count of completed updates. `Any`, because the count and the value are of whichever framework the
+# schedule runs in.
 Schedule = Callable[[Any], Any]
 Scheduled = float | Schedule
 

@@ -145,7 +145,7 @@ def _clamped(horizon: float) -> float:
 
     No count reaches 2**64. A horizon of 1e38 is then as good as one that is longer, and 1e-30 as one that is shorter.
     """
-    return min(max(float(horizon), 1e-30), 1e38)  # a float: JAX takes no Python integer above its own
+    return min(max(float(horizon), 1e-30), 1e38)  # a float, since JAX rejects Python integers beyond 64 bits
 
 
 def _floating(count: Any) -> Any:
@@ -155,7 +155,7 @@ def _floating(count: Any) -> Any:
     return count / 1
 
 
-# Where each framework keeps its cosine; what made the count is already imported, so nothing is imported here.
+# The module with each framework's cosine. It has been imported already, by whatever made the count.
 _COSINES: Final = {
     "jax": "jax.numpy",
     "jaxlib": "jax.numpy",

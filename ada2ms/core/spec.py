@@ -178,7 +178,7 @@ def update(group: Group, gradients: list[tuple[Array | None, float | None]], mea
         v_hat = v / bias_correction(b2, t)
         # d = v_hat^(a/2) * s_hat^((1-a)/2) + eps
         d = v_hat ** (a / 2) * s_hat ** ((1 - a) / 2) + eps
-        d = np.where(d == 0, np.inf, d)  # only without eps: where nothing has moved yet, the update is 0
+        d = np.where(d == 0, np.inf, d)  # 0 only without eps, where nothing has moved yet: no update
         theta[...] = theta.astype(m.dtype) * (1 - lr * wd) - lr * m_hat / d
 
 

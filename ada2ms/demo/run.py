@@ -111,7 +111,7 @@ def train(
             if state is not None:
                 trainer.import_state(state)
             run.starts.append(len(run.losses) + 1)
-            last = segment + 1 == len(segments)  # which uses the batches up, so that the progress is shown to the end
+            last = segment + 1 == len(segments)  # takes all remaining batches, so that the progress bar is complete
             share = None if last else steps * (segment + 1) // len(segments) - len(run.losses)
             for images, labels in islice(batches, share):
                 start = time.perf_counter()
@@ -123,7 +123,7 @@ def train(
                 run.from_rule.append(deviation(run.parameters[-1], reference))
             state = trainer.export_state()
             run.accuracy = float(np.mean(trainer.predict(data.test_images) == data.test_labels))
-        weights = initial_weights(CONVNET, seed + segment + 1)  # the next has nothing but what it is handed
+        weights = initial_weights(CONVNET, seed + segment + 1)  # the next framework starts from the state alone
     run.title = titles[0] if len(segments) == 1 else "handed over"
     return run
 
@@ -176,14 +176,14 @@ def _torch(weights: list[Array], adaptivity: Scheduled) -> _Made:
     from ada2ms.demo.on_torch import TorchTrainer
     from ada2ms.torch import Ada2MS
 
-    torch.set_num_threads(1)  # a network this small gains nothing by more, and loses much on a busy machine
+    torch.set_num_threads(1)  # more threads slow a network this small down on a busy machine
     trainer = TorchTrainer(weights, lambda params: Ada2MS(params, lr=LEARNING_RATE, adaptivity=adaptivity))
     return f"PyTorch {torch.__version__}", trainer, torch.device("cpu")
 
 
 def _tf(weights: list[Array], adaptivity: Scheduled) -> _Made:
-    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")  # TensorFlow greets at length,
-    os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")  # and warns that with these its sums change their order
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")  # TensorFlow logs at length on import,
+    os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")  # and warns that these change the order of its sums
     if "KERAS_BACKEND" not in os.environ and find_spec("tensorflow") is None:
         os.environ["KERAS_BACKEND"] = next(backend for backend in KERAS_BACKENDS if find_spec(backend))
     if find_spec("triton"):

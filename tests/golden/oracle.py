@@ -86,6 +86,7 @@ def _step(mp: Any, scope: str, groups: list[_Group], rows: list[Any], entries: l
             tensor.m[i].move(group.b1, g)
             tensor.v[i].move(group.b2, g**2)
             v = tensor.v[i].corrected()
+            # d = v_hat^(a/2) * s_hat^((1-a)/2) + eps
             d = _power(mp, v, a[group] / 2) * _power(mp, s, (1 - a[group]) / 2) + group.eps
             change = tensor.m[i].corrected() / d if d else 0  # without eps, and where nothing has moved: no update
             tensor.theta[i] -= lr[group] * (group.wd * tensor.theta[i] + change)

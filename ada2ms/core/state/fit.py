@@ -36,9 +36,10 @@ class Report:
     notes: list[str] = field(default_factory=list)
 
     def __str__(self) -> str:
-        wide = max((len(row[0]) for row in self.rows), default=0), max((len(row[1]) for row in self.rows), default=0)
+        columns = [row[0] for row in self.rows], [row[1] for row in self.rows]
+        widths = [max(map(len, column), default=0) for column in columns]
         lines = [
-            f"{name:{wide[0]}}  <-  {origin:{wide[1]}}  {shape}" + (f"  axes {axes}" if axes else "")
+            f"{name:{widths[0]}}  <-  {origin:{widths[1]}}  {shape}" + (f"  axes {axes}" if axes else "")
             for name, origin, shape, axes in self.rows
         ]
         return "\n".join([*lines, *self.notes])
