@@ -267,6 +267,18 @@ def test_limits_are_allowed(field: str, kind: Any) -> None:
         Hyperparameters(**{field: kind(1)})
 
 
+@pytest.mark.parametrize("kind", [np.float16, np.float32, np.longdouble, np.asarray])
+def test_numpys_numbers_do_not_compute_in_their_own_precision(kind: Any) -> None:
+    given = {"lr": kind(0.1), "b1": kind(0.9), "b2": kind(0.99), "eps": kind(1e-3), "adaptivity": kind(0.3)}
+    assert all(type(value) is float for value in vars(Hyperparameters(**given)).values())
+    params, gradients = drawn([(2, 2), (3,)], seed=0)
+    plain = {name: float(value) for name, value in given.items()}
+    for x, y in zip(
+        results(train(params, gradients, **given)), results(train(params, gradients, **plain)), strict=True
+    ):
+        np.testing.assert_array_equal(x, y)
+
+
 def test_defaults() -> None:
     assert vars(DEFAULTS) == {"lr": 1e-3, "b1": 0.9, "b2": 0.999, "eps": 1e-8, "weight_decay": 1e-2, "adaptivity": 0.5}
     optimizer = Ada2MS([])

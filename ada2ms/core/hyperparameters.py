@@ -40,8 +40,10 @@ class Hyperparameters:
     adaptivity: Scheduled = 0.5
 
     def __post_init__(self) -> None:
-        for field, value in vars(self).items():
+        for field, value in list(vars(self).items()):
             check(field, value)
+            if not callable(value):  # Python numbers: NumPy's scalars would compute in their own precision
+                object.__setattr__(self, field, float(value))
 
 
 # field: (what the error calls it, upper limit, whether the limit itself is allowed, whether a schedule is). The lower
