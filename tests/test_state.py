@@ -199,3 +199,17 @@ def test_what_is_public_goes_between_processes() -> None:
         back = pickle.loads(data)
         assert type(back) is type(value)
         assert str(back) == str(value)
+
+
+def test_a_pickle_of_the_version_before_loads() -> None:
+    """It was written when the state was one module; it has no notes, which came later."""
+    loaded = pickle.loads(Path(__file__).with_name("data").joinpath("core-0.1.0.pickle").read_bytes())
+    state = loaded["state"]
+    assert (type(state), state.notes) == (State, [])
+    assert state.parameters["w"].step == 3
+    np.testing.assert_array_equal(state.parameters["w"].exp_avg_sq, [[0, 1], [4, 9]])
+    assert state.groups == [Group(["w"], {"lr": 0.1, "adaptivity": core.Linear(1, 0, 9)}, 0.5, 3)]
+    assert (state.nonfinite, state.skipped, state.source) == ("skip", 1, "by hand")
+    schedules = [core.Constant(0.3), core.Linear(1, 0, 9), core.Cosine(1, 0, 9), core.Exponential(1, 0, 9.5)]
+    assert loaded["schedules"] == schedules
+    assert loaded["hyper"] == core.Hyperparameters(lr=0.1)

@@ -103,6 +103,9 @@ class State:
         if problems:
             raise StateError("Not a valid state", problems)
 
+    def __setstate__(self, fields: dict[str, Any]) -> None:
+        self.__dict__.update({"notes": [], **fields})  # pickles of before there were notes
+
     @property
     def has_global(self) -> bool:
         """Whether the global second moment is complete; a state of AdamW has none."""
