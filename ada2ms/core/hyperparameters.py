@@ -43,7 +43,7 @@ class Hyperparameters:
         for field, value in list(vars(self).items()):
             check(field, value)
             if not callable(value):  # Python numbers: NumPy's scalars would compute in their own precision
-                object.__setattr__(self, field, float(value))
+                object.__setattr__(self, field, as_float(value))
 
 
 # field: (what the error calls it, upper limit, whether the limit itself is allowed, whether a schedule is). The lower
@@ -81,18 +81,30 @@ def check(field: str, value: Any, argument: str | None = None, *, schedule: bool
     schedule = schedule_allowed if schedule is None else schedule
     if schedule and callable(value):
         return
-    allowed = f"a number in [0, {upper:g}{']' if closed else ')'}" + (" or a schedule" if schedule else "")
-    message = f"Invalid {noun}: {value!r} ({argument} must be {allowed})"
+    error: type[Exception] = ValueError
     try:
-        if isinstance(value, (str, bytes, bool, np.bool_)):
-            raise TypeError
-        number = float(value)
+        number = as_float(value)
+        if 0.0 <= number < upper or (closed and number == upper):
+            return
     except OverflowError:  # an integer above every float
-        raise ValueError(message) from None
+        pass
     except (TypeError, ValueError, RuntimeError):
-        raise TypeError(message) from None
-    if not (0.0 <= number < upper or (closed and number == upper)):
-        raise ValueError(message)
+        error = TypeError
+    allowed = f"a number in [0, {upper:g}{']' if closed else ')'}" + (" or a schedule" if schedule else "")
+    raise error(f"Invalid {noun}: {value!r} ({argument} must be {allowed})")
+
+
+def as_float(value: Any) -> float:
+    """A number as a Python float: a NumPy scalar, an array or a tensor of one element.
+
+    Raises:
+        TypeError, ValueError, RuntimeError, OverflowError: it is none.
+    """
+    if isinstance(value, np.ndarray):
+        value = value.item()
+    if isinstance(value, (str, bytes, bool, np.bool_)):
+        raise TypeError(f"{value!r} is no number")
+    return float(value)
 
 
 def value_at(scheduled: Any, count: Any) -> Any:

@@ -17,7 +17,7 @@ from typing import Any, ClassVar, Final
 
 import numpy as np
 
-from ada2ms.core.hyperparameters import check
+from ada2ms.core.hyperparameters import as_float, check
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,7 @@ class AdaptivitySchedule:
             argument = f"{type(self).__name__}.{field.name}"
             if field.name in ("value", "start", "end"):
                 check("adaptivity", value, argument, schedule=False)
-                number: float | int = float(value)
+                number: float | int = as_float(value)
             else:
                 number = _above_0(argument, value, whole=field.name == "steps")
             # Python numbers, whatever numbers were given (NumPy's, a tensor's): the fields are plain data.
@@ -51,9 +51,9 @@ def _above_0(argument: str, value: Any, *, whole: bool) -> float | int:
     """The value as a Python number, which compares without NumPy's types: those of 32 bits do not hold the limit."""
     message = f"Invalid {argument}: {value!r} (must be {'an integer' if whole else 'a number'} above 0)"
     try:
-        if isinstance(value, (str, bytes, bool, np.bool_)):
-            raise TypeError
-        number = operator.index(value) if whole else float(value)
+        number: float | int = as_float(value)
+        if whole:
+            number = operator.index(value.item() if isinstance(value, np.ndarray) else value)
     except OverflowError:  # an integer above every float
         raise ValueError(message) from None
     except (TypeError, ValueError, RuntimeError):
