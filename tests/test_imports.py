@@ -1,34 +1,56 @@
-"""What an import loads, and what is said where a framework is missing. Each test has an interpreter of its own."""
+"""What an import loads, and what is said where a framework is missing, each in an interpreter of its own.
 
+Tests that ask different things of the same imports share one interpreter: starting it is what takes long.
+"""
+
+import json
 import os
 import subprocess
 import sys
+from functools import cache
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 ROOT = Path(__file__).parents[1]
-FRAMEWORKS = ("torch", "tensorflow", "keras", "jax", "optax")
+FRAMEWORKS = ("torch", "tensorflow", "keras", "jax", "optax", "mpmath")
 
-
-# As if the module were not installed: a None in sys.modules, or a finder that raises, breaks libraries that only look.
-ABSENT = """
-import sys
+# As if modules were not installed: a None in sys.modules, or a finder that raises, breaks libraries that only look.
+WITHOUT = """
+import json, sys
 from importlib.machinery import PathFinder
+absent, *arguments = json.loads(sys.argv[1])
 find = PathFinder.find_spec
-PathFinder.find_spec = lambda name, *args: None if name.partition('.')[0] == {!r} else find(name, *args)
+PathFinder.find_spec = lambda name, *args: None if name.partition('.')[0] in absent else find(name, *args)
+"""
+PROBE = """
+statements, frameworks = arguments
+for statement in statements:
+    error = ''
+    try:
+        exec(statement, {})
+    except ImportError as missing:
+        error = f'{missing.name} {missing}'
+    rooms = {name.split('.')[1] for name in sys.modules if name.startswith('ada2ms.')}
+    print(json.dumps([error, sorted(set(sys.modules) & set(frameworks)), sorted(rooms)]))
 """
 
 
-def run(code: str, absent: str = "", keras_backend: str = "jax") -> str:
-    """What `code` prints in a fresh interpreter in which `absent` is not installed."""
-    code = ABSENT.format(absent) + code
+def run(code: str, *absent: str, arguments: tuple[Any, ...] = (), keras_backend: str = "jax") -> str:
+    """What `code` prints in a fresh interpreter in which `absent` are not installed."""
     environment = {**os.environ, "KERAS_BACKEND": keras_backend, "TF_CPP_MIN_LOG_LEVEL": "3"}
-    done = subprocess.run(
-        [sys.executable, "-c", code], env=environment, cwd=ROOT, capture_output=True, text=True, check=False
-    )
+    command = [sys.executable, "-c", WITHOUT + code, json.dumps([absent, *arguments])]
+    done = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     return done.stdout.strip()
+
+
+@cache
+def probe(*statements: str, absent: tuple[str, ...] = (), keras_backend: str = "jax") -> list[Any]:
+    """Runs statements one after the other; after each: what is missing, and which frameworks and rooms are loaded."""
+    shown = run(PROBE, *absent, arguments=(statements, FRAMEWORKS), keras_backend=keras_backend).splitlines()
+    return [json.loads(line) for line in shown[-len(statements) :]]
 
 
 @pytest.mark.parametrize(
@@ -44,19 +66,34 @@ def run(code: str, absent: str = "", keras_backend: str = "jax") -> str:
 )
 def test_core_loads_no_framework(code: str) -> None:
     """Nor mpmath, which only making golden vectors needs."""
-    assert run(f"{code}\nprint(sorted(set(sys.modules) & set({(*FRAMEWORKS, 'mpmath')})))") == "[]"
+    ((error, loaded, _),) = probe(code)
+    assert (error, loaded) == ("", [])
+
+
+def first(backend: str) -> Any:
+    """After the import of a backend, and of nothing before it."""
+    if backend == "tf":
+        return missing("torch", "jax")[0]
+    return probe(f"import ada2ms.{backend}")[0]
+
+
+def missing(absent: str, keras_backend: str) -> list[Any]:
+    """Without a framework, and without TensorFlow: after the import of each backend, Keras' first."""
+    statements = [f"import ada2ms.{backend}" for backend in ("tf", "torch", "jax")]
+    return probe(*statements, absent=(absent, "tensorflow"), keras_backend=keras_backend)
 
 
 @pytest.mark.parametrize(("backend", "own"), [("torch", ["torch"]), ("jax", ["jax", "optax"])])
 def test_a_backend_loads_its_own_framework_only(backend: str, own: list[str]) -> None:
     """Keras loads others itself, as it pleases."""
-    assert run(f"import ada2ms.{backend}\nprint(sorted(set(sys.modules) & set({FRAMEWORKS})))") == str(own)
+    error, loaded, _ = first(backend)
+    assert (error, loaded) == ("", own)
 
 
 @pytest.mark.parametrize("backend", ["torch", "tf", "jax"])
 def test_a_backend_loads_no_other_backend(backend: str) -> None:
-    loaded = "{name.split('.')[1] for name in sys.modules if name.startswith('ada2ms.')}"
-    assert run(f"import ada2ms.{backend}\nprint(sorted({loaded}))") == str(sorted(["_extras", backend, "core"]))
+    error, _, rooms = first(backend)
+    assert (error, rooms) == ("", sorted(["_extras", backend, "core"]))
 
 
 @pytest.mark.parametrize(
@@ -64,20 +101,17 @@ def test_a_backend_loads_no_other_backend(backend: str) -> None:
     [("torch", "torch", "jax"), ("keras", "tf", "jax"), ("jax", "jax", "torch"), ("optax", "jax", "jax")],
 )
 def test_a_missing_framework_is_named_and_the_others_work(absent: str, extra: str, keras_backend: str) -> None:
-    others = "".join(f"import ada2ms.{name}\n" for name in ("torch", "tf", "jax") if name != extra)
-    code = f"""
-try:
-    import ada2ms.{extra}
-except ImportError as error:
-    print(error.name, error)
-{others}"""
     wanted = f"{absent} ada2ms.{extra} needs {absent}, which is not installed: pip install 'ada2ms[{extra}]'"
-    assert run(code, absent, keras_backend) == wanted
+    errors = [error for error, _, _ in missing(absent, keras_backend)]
+    assert errors == [wanted if backend == extra else "" for backend in ("tf", "torch", "jax")]
 
 
-@pytest.mark.parametrize("keras_backend", ["torch", "jax"])
-def test_keras_backend_needs_no_tensorflow(keras_backend: str) -> None:
-    assert run("import ada2ms.tf; print(ada2ms.tf.Ada2MS.__name__)", "tensorflow", keras_backend) == "Ada2MS"
+@pytest.mark.parametrize(("keras_backend", "absent"), [("torch", "jax"), ("jax", "torch")])
+def test_keras_backend_needs_no_tensorflow(keras_backend: str, absent: str) -> None:
+    error, loaded, _ = missing(absent, keras_backend)[0]
+    assert error == ""
+    assert keras_backend in loaded
+    assert "tensorflow" not in loaded
 
 
 def test_unknown_attribute() -> None:
