@@ -3,10 +3,13 @@
     demo [options]     trains the same network on real data in every framework; options are those of `ada2ms demo`
     compare [options]  compares optimizers under one protocol; options are those of `ada2ms compare`
     test               format, lint, types, golden vectors and the tests
+    quick              in under a minute, while you work: golden vectors in every framework, mutants, imports
     slow               the frameworks' own test-suites, the multi-process tests and the examples
     setup              only the environment: .venv, with the versions that constraints.txt pins
 
-Every command makes or mends .venv first, and leaves it alone where it is up to date.
+Every command makes or mends .venv first, and leaves it alone where it is up to date. Tests run in one process for each
+framework, which imports nothing else and compiles once what several tests use; as many processes as there are
+processors run at a time.
 """
 
 import hashlib
@@ -16,14 +19,30 @@ import subprocess
 import sys
 import time
 import venv
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 ROOT = Path(__file__).resolve().parent
 VENV = ROOT / ".venv"
 PYTHON = VENV / ("Scripts/python.exe" if os.name == "nt" else "bin/python")
 STAMP = VENV / "up-to-date"
 KERAS_BACKENDS = ("tensorflow", "jax", "torch")
-PYTEST = ("pytest", "-n", "2", "--dist", "loadgroup", "-m")
+LABEL = 18  # the width of the labels
+TESTS = {  # the files of tests that belong to one framework; all others are for none or for several
+    name: sorted(str(path.relative_to(ROOT)) for path in (ROOT / "tests").glob(f"test_{name}*.py"))
+    for name in ("torch", "jax", "keras")
+}
+
+
+@dataclass(frozen=True)
+class Job:
+    """A module of the environment, to be run with arguments."""
+
+    label: str
+    command: tuple[str, ...]
+    keras_backend: str = "tensorflow"
 
 
 def setup(*extras: str) -> None:
@@ -45,46 +64,95 @@ def setup(*extras: str) -> None:
         STAMP.write_text(" ".join([*done, *missing]))
 
 
-def run(*command: str, keras_backend: str = "tensorflow") -> bool:
-    """Runs a module of the environment; whether it succeeded."""
-    print(f"\n=== KERAS_BACKEND={keras_backend} python -m {' '.join(command)}", flush=True)
-    environment = {**os.environ, "KERAS_BACKEND": keras_backend, "TF_CPP_MIN_LOG_LEVEL": "2"}
+def run(job: Job, shared: str) -> bool:
+    """Runs a job, each line of its output behind its label; whether it succeeded. `shared` is for all jobs' tests."""
+    label = f"{job.label:>{LABEL}} |"
+    print(label, f"KERAS_BACKEND={job.keras_backend} python -m {' '.join(job.command)}", flush=True)
+    environment = {**os.environ, "KERAS_BACKEND": job.keras_backend, "TF_CPP_MIN_LOG_LEVEL": "2"}
+    environment["SHARED_TRAJECTORIES"] = shared  # see tests/test_trajectories.py
     environment["PATH"] = os.pathsep.join([str(PYTHON.parent), environment.get("PATH", "")])  # for ninja
     start = time.monotonic()
-    code = subprocess.run([PYTHON, "-m", *command], cwd=ROOT, env=environment).returncode
-    print(
-        f"=== {'ok' if code == 0 else f'FAILED (exit status {code})'} in {time.monotonic() - start:.0f} s", flush=True
-    )
-    return code == 0
+    command = [PYTHON, "-m", *job.command]
+    with subprocess.Popen(
+        command,
+        cwd=ROOT,
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        errors="replace",
+    ) as process:
+        assert process.stdout is not None
+        for line in process.stdout:
+            print(label, line, end="", flush=True)
+    ended = f"FAILED (exit status {process.returncode})" if process.returncode else "ok"
+    print(f"{label} {ended} in {time.monotonic() - start:.0f} s", flush=True)
+    return process.returncode == 0
 
 
-def test() -> list[bool]:
-    """Tests that use Keras run on each of its backends, which is chosen once in a process; all others run once."""
-    return [
-        run("ruff", "format", "--check", "."),
-        run("ruff", "check", "."),
-        run("mypy"),
-        run("tests.golden", "--check"),
-        run(*PYTEST, "not slow", keras_backend=KERAS_BACKENDS[0]),
-        *(run(*PYTEST, "keras and not slow", keras_backend=backend) for backend in KERAS_BACKENDS[1:]),
+def run_all(jobs: list[Job]) -> bool:
+    """Starts jobs in this order, as many at a time as there are processors; whether all succeeded."""
+    start = time.monotonic()
+    with TemporaryDirectory() as shared, ThreadPoolExecutor(os.cpu_count()) as pool:
+        succeeded = list(pool.map(run, jobs, [shared] * len(jobs)))
+    for job, ok in zip(jobs, succeeded, strict=True):
+        print(f"{job.label:>{LABEL}} | {'ok' if ok else 'FAILED'}")
+    print(f"{time.monotonic() - start:.0f} s in all", flush=True)
+    return all(succeeded)
+
+
+def pytest(label: str, marks: str, *arguments: str, keras_backend: str = "tensorflow") -> Job:
+    return Job(label, ("pytest", "-m", marks, *arguments), keras_backend)
+
+
+def lanes(marks: str) -> list[Job]:
+    """Every test with these marks once, and those that use Keras once for each of its backends."""
+    others = [f"--ignore={path}" for paths in TESTS.values() for path in paths]
+    return [  # the first leaves trajectories that those of Keras take up
+        pytest("several", f"not keras and {marks}", *others),
+        pytest("JAX", f"not keras and {marks}", *TESTS["jax"]),
+        pytest("PyTorch", f"not keras and {marks}", *TESTS["torch"]),
+        *(pytest(f"Keras on {name}", f"keras and {marks}", keras_backend=name) for name in KERAS_BACKENDS),
     ]
 
 
-def slow() -> list[bool]:
-    return [run(*PYTEST, "slow")]  # those that use Keras choose its backend themselves, in processes of their own
+def test() -> list[Job]:
+    return [
+        *lanes("not slow"),
+        Job("types", ("mypy",)),
+        Job("golden vectors", ("tests.golden", "--check")),
+        Job("lint", ("ruff", "check", ".")),
+        Job("format", ("ruff", "format", "--check", ".")),
+    ]
+
+
+def quick() -> list[Job]:
+    def vectors(label: str, marks: str, way: str) -> Job:
+        return pytest(label, marks, "-k", f"test_golden and float64 and {way}", "tests/test_trajectories.py")
+
+    return [
+        vectors("Keras", "keras", "keras"),
+        vectors("PyTorch, JAX", "not keras", "(torch-foreach or jax-jit)"),
+        pytest("NumPy", "not slow", "tests/test_spec.py", "tests/test_golden.py", "tests/test_imports.py"),
+    ]
+
+
+def slow() -> list[Job]:
+    own = pytest("Keras", "not keras and slow", *TESTS["keras"])  # these choose a backend, in processes of their own
+    return [own, *lanes("slow")]
 
 
 def main() -> int:
     command, *options = sys.argv[1:] or ["--help"]
     takes_options = command in ("demo", "compare")
-    if not (takes_options or command in ("test", "slow", "setup")) or (options and not takes_options):
+    jobs = {"test": test, "quick": quick, "slow": slow, "setup": lambda: []}
+    if not (takes_options or command in jobs) or (options and not takes_options):
         print(__doc__)
         return 0 if command in ("-h", "--help") else 2
     setup("all", "dev", *(["examples"] if command == "slow" else []))
     if takes_options:
         return subprocess.run([PYTHON, "-m", "ada2ms", command, *options]).returncode
-    succeeded = {"test": test, "slow": slow, "setup": lambda: []}[command]()
-    return 0 if all(succeeded) else 1
+    return 0 if run_all(jobs[command]()) else 1
 
 
 if __name__ == "__main__":

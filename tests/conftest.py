@@ -15,6 +15,17 @@ with suppress(ImportError):
     import triton  # noqa: F401  # for torch; after TensorFlow 2.20 or 2.21 it crashes (tensorflow/tensorflow#124205)
 
 
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """No test may be in none of the processes that dev.py starts."""
+    for item in items:
+        of_keras = item.path.name.startswith("test_keras")
+        if of_keras and not (item.get_closest_marker("keras") or item.get_closest_marker("slow")):
+            raise pytest.UsageError(
+                f"{item.nodeid} must be marked keras or slow: `python dev.py test` would not run it"
+            )
+
+
 @pytest.fixture(autouse=True)
 def keras_keeps_its_precision() -> Iterator[None]:
     """No test may leave Keras' default precision changed for those that follow."""

@@ -4,6 +4,7 @@ import shutil
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -37,7 +38,13 @@ class Snapshot:
     skipped: int
 
 
-Replay = Callable[[golden.Case, str, str], Iterator[Snapshot]]
+# Runs a case in a dtype on a device; yields a snapshot after each recorded step, and None after the steps between.
+Replay = Callable[[golden.Case, str, str], Iterator[Snapshot | None]]
+
+
+def recorded(case: golden.Case) -> set[int]:
+    """The steps of which the case has parameters and state, counted from 1."""
+    return {at.step for at in case.expected}
 
 
 def expected(at: golden.Expected) -> Snapshot:
@@ -54,7 +61,7 @@ def expected(at: golden.Expected) -> Snapshot:
     )
 
 
-def check(case: golden.Case, actual: Iterator[Snapshot], dtype: str) -> None:
+def check(case: golden.Case, actual: Iterator[Snapshot | None], dtype: str) -> None:
     """Fails unless counts are the case's, and updates and state are within bounds of it, at every recorded step.
 
     Updates p_t - p_0 are compared, and not parameters, which would hide errors of the update. The bounds, relative to
@@ -78,6 +85,7 @@ def check(case: golden.Case, actual: Iterator[Snapshot], dtype: str) -> None:
             continue
         want = awaited[step]
         compared += 1
+        assert found is not None, f"{case.id}, step {step}: no snapshot"
         for name in ("step", "k", "skipped"):
             assert getattr(found, name) == getattr(want, name), f"{case.id}, step {step}: {name}"
         assert len(found.s) == len(want.s), f"{case.id}, step {step}: s"
@@ -116,22 +124,25 @@ def hyperparameters(group: golden.CaseGroup) -> dict[str, Any]:
     return {name: getattr(group, name) for name in ("b1", "b2", "eps", "weight_decay", "adaptivity")}
 
 
+def has_one_group(case: golden.Case) -> bool:
+    """Whether the groups of a case have the same hyperparameters: a framework without groups can run it."""
+    first = case.groups[0]
+    return all(hyperparameters(group) == hyperparameters(first) and group.lr == first.lr for group in case.groups)
+
+
 def only_group(case: golden.Case) -> dict[str, Any]:
     """The hyperparameters of a case for a framework without parameter groups; skips where groups differ."""
-    first = hyperparameters(case.groups[0])
-    if any(hyperparameters(group) != first or group.lr != case.groups[0].lr for group in case.groups):
+    if not has_one_group(case):
         pytest.skip("this framework has no parameter groups, and the case's differ")
-    return first
+    return hyperparameters(case.groups[0])
 
 
-def replay_numpy(case: golden.Case, dtype: str, device: str) -> Iterator[Snapshot]:
+def replay_numpy(case: golden.Case, dtype: str, device: str) -> Iterator[Snapshot | None]:
     groups = [{"params": [p.astype(dtype) for p in g.params], **hyperparameters(g)} for g in case.groups]
     optimizer = core.Ada2MS(groups, scope=case.scope, nonfinite=case.nonfinite)
-    for i, gradients in enumerate(case.gradients):
-        for group, given in zip(optimizer.groups, case.groups, strict=True):
-            group.hyper = core.Hyperparameters(lr=given.lr[i], **hyperparameters(given))
-        optimizer.step([None if g is None else g.astype(dtype) for g in gradients])
-        yield Snapshot(
+
+    def snapshot() -> Snapshot:
+        return Snapshot(
             *(
                 [x.astype(np.float64) for g in optimizer.groups for x in getattr(g, n)]
                 for n in ("params", "exp_avg", "exp_avg_sq")
@@ -142,9 +153,15 @@ def replay_numpy(case: golden.Case, dtype: str, device: str) -> Iterator[Snapsho
             skipped=optimizer.skipped,
         )
 
+    for i, gradients in enumerate(case.gradients):
+        for group, given in zip(optimizer.groups, case.groups, strict=True):
+            group.hyper = core.Hyperparameters(lr=given.lr[i], **hyperparameters(given))
+        optimizer.step([None if g is None else g.astype(dtype) for g in gradients])
+        yield snapshot() if i + 1 in recorded(case) else None
+
 
 def torch_replay(**options: Any) -> Replay:
-    def replay(case: golden.Case, dtype: str, device: str) -> Iterator[Snapshot]:
+    def replay(case: golden.Case, dtype: str, device: str) -> Iterator[Snapshot | None]:
         import torch
 
         from ada2ms.torch import Ada2MS
@@ -168,14 +185,9 @@ def torch_replay(**options: Any) -> Replay:
                 for p, x in zip(params, states, strict=True)
             ]
 
-        for i, gradients in enumerate(case.gradients):
-            for group, given in zip(optimizer.param_groups, case.groups, strict=True):
-                group["lr"] = given.lr[i]
-            for p, g in zip(params, gradients, strict=True):
-                p.grad = None if g is None else torch.tensor(g, **kind)
-            optimizer.step()
+        def snapshot() -> Snapshot:
             model = case.scope == "model"
-            yield Snapshot(
+            return Snapshot(
                 [p.detach().double().cpu().numpy() for p in params],
                 slot("exp_avg"),
                 slot("exp_avg_sq"),
@@ -187,10 +199,18 @@ def torch_replay(**options: Any) -> Replay:
                 skipped=int(optimizer.param_groups[0]["skipped"]),
             )
 
+        for i, gradients in enumerate(case.gradients):
+            for group, given in zip(optimizer.param_groups, case.groups, strict=True):
+                group["lr"] = given.lr[i]
+            for p, g in zip(params, gradients, strict=True):
+                p.grad = None if g is None else torch.tensor(g, **kind)
+            optimizer.step()
+            yield snapshot() if i + 1 in recorded(case) else None
+
     return replay
 
 
-def replay_keras(case: golden.Case, dtype: str, device: str) -> Iterator[Snapshot]:
+def replay_keras(case: golden.Case, dtype: str, device: str) -> Iterator[Snapshot | None]:
     import keras
 
     from ada2ms.tf import Ada2MS
@@ -214,13 +234,9 @@ def replay_keras(case: golden.Case, dtype: str, device: str) -> Iterator[Snapsho
         def numpy(x: Any) -> Array:
             return np.asarray(keras.ops.convert_to_numpy(x), np.float64)
 
-        for i, gradients in enumerate(case.gradients):
-            optimizer.learning_rate = case.groups[0].lr[i]
-            if any(g is not None for g in gradients):  # Keras raises when there is none at all
-                tensors = [None if g is None else keras.ops.convert_to_tensor(g.astype(dtype)) for g in gradients]
-                apply(tensors, variables)
+        def snapshot() -> Snapshot:
             slots = {v.path.rpartition("/")[2]: v for v in optimizer.variables}
-            yield Snapshot(
+            return Snapshot(
                 [numpy(v) for v in variables],
                 [numpy(v) for v in optimizer._momentums],
                 [numpy(v) for v in optimizer._velocities],
@@ -231,6 +247,13 @@ def replay_keras(case: golden.Case, dtype: str, device: str) -> Iterator[Snapsho
                 k=[int(numpy(slots["global_step"]))] * len(case.groups),
                 skipped=int(numpy(slots["skipped"])),
             )
+
+        for i, gradients in enumerate(case.gradients):
+            optimizer.learning_rate = case.groups[0].lr[i]
+            if any(g is not None for g in gradients):  # Keras raises when there is none at all
+                tensors = [None if g is None else keras.ops.convert_to_tensor(g.astype(dtype)) for g in gradients]
+                apply(tensors, variables)
+            yield snapshot() if i + 1 in recorded(case) else None
 
 
 def keras_compiled(optimizer: Any, variables: list[Any]) -> Callable[[list[Any], list[Any]], None]:
@@ -257,38 +280,50 @@ def keras_compiled(optimizer: Any, variables: list[Any]) -> Callable[[list[Any],
     return optimizer.apply
 
 
+@cache
+def jax_step(hyper: tuple[tuple[str, Any], ...], scope: Any, nonfinite: Any, jit: bool) -> Callable[..., Any]:
+    """A step of JAX's optimizer; one function for all cases of the same options, which are compiled once a shape."""
+    import jax
+    import optax
+
+    from ada2ms.jax import ada2ms
+
+    def step(lr: Any, gradients: Any, state: Any, params: Any) -> Any:
+        transformation = ada2ms(lr, **dict(hyper), scope=scope, nonfinite=nonfinite)
+        updates, state = transformation.update(gradients, state, params)
+        moved = [p if u is None else optax.apply_updates(p, u) for p, u in zip(params, updates, strict=True)]
+        return moved, state
+
+    return jax.jit(step) if jit else step
+
+
 def jax_replay(jit: bool) -> Replay:
-    def replay(case: golden.Case, dtype: str, device: str) -> Iterator[Snapshot]:
-        import jax
+    def replay(case: golden.Case, dtype: str, device: str) -> Iterator[Snapshot | None]:
         import jax.numpy as jnp
         import optax
 
         from ada2ms.jax import ada2ms
 
         hyper = only_group(case)
-
-        def update(lr: Any, gradients: Any, state: Any, params: Any) -> Any:
-            transformation = ada2ms(lr, **hyper, scope=case.scope, nonfinite=case.nonfinite)
-            updates, state = transformation.update(gradients, state, params)
-            moved = [p if u is None else optax.apply_updates(p, u) for p, u in zip(params, updates, strict=True)]
-            return moved, state
-
-        model = case.scope == "model"
+        step = jax_step(tuple(hyper.items()), case.scope, case.nonfinite, jit)
         with settings("jax", dtype, device):
-            run = jax.jit(update) if jit else update
             params = [jnp.asarray(p, dtype) for group in case.groups for p in group.params]
             state = ada2ms(1.0, **hyper, scope=case.scope, nonfinite=case.nonfinite).init(params)
-            for i, gradients in enumerate(case.gradients):
-                tensors = [None if g is None else jnp.asarray(g, dtype) for g in gradients]
-                params, state = run(case.groups[0].lr[i], tensors, state, params)
+
+            def snapshot() -> Snapshot:
                 count, mu, nu, s, steps = (optax.tree.get(state, name) for name in ("count", "mu", "nu", "s", "steps"))
-                yield Snapshot(
+                return Snapshot(
                     *([np.asarray(x, np.float64) for x in tree] for tree in (params, mu, nu)),
                     step=[int(t) for t in steps],
-                    s=[float(s)] * len(case.groups) if model else [float(x) for x in s],
+                    s=[float(s)] * len(case.groups) if case.scope == "model" else [float(x) for x in s],
                     k=[int(count)] * len(case.groups),
                     skipped=int(optax.tree.get(state, "skipped", 0)),
                 )
+
+            for i, gradients in enumerate(case.gradients):
+                tensors = [None if g is None else jnp.asarray(g, dtype) for g in gradients]
+                params, state = step(case.groups[0].lr[i], tensors, state, params)
+                yield snapshot() if i + 1 in recorded(case) else None
 
     return replay
 

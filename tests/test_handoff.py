@@ -27,11 +27,10 @@ OPTIONS: dict[str, dict[str, Any]] = {
 }
 
 
-# Trainers and uninterrupted runs are kept and used again, so the tests of one kind are for one worker.
 KINDS = pytest.mark.parametrize(
     ("dtype", "options"),
     [
-        pytest.param(dtype, options, marks=pytest.mark.xdist_group(dtype), id=f"{dtype}, {options}")
+        pytest.param(dtype, options, id=f"{dtype}, {options}")
         for dtype, options in (("float64", "half-way"), ("float32", "half-way"), ("float64", "transition, tensor"))
     ],
 )

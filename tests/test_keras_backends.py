@@ -75,15 +75,12 @@ def by_core(options: dict[str, Any]) -> list[list[Any]]:
     return trajectory
 
 
-def run(backend: str, *arguments: str) -> str:
-    """The output of Python with these arguments, on this Keras backend."""
-    own = {"KERAS_BACKEND": backend, "JAX_ENABLE_X64": "0", "OMP_NUM_THREADS": "1", "TF_CPP_MIN_LOG_LEVEL": "3"}
-    if arguments[0] == __file__:
-        own["JAX_ENABLE_X64"] = "1"
-    command = [sys.executable, *arguments]
+def run(backend: str, file: Path) -> None:
+    """Writes the weights to a file, in a process of this Keras backend."""
+    own = {"KERAS_BACKEND": backend, "JAX_ENABLE_X64": "1", "OMP_NUM_THREADS": "1", "TF_CPP_MIN_LOG_LEVEL": "3"}
+    command = [sys.executable, __file__, str(file)]
     done = subprocess.run(command, env={**os.environ, **own}, capture_output=True, text=True, timeout=280)
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
-    return done.stdout
 
 
 def test_the_backends_and_the_rule_take_the_same_path(tmp_path: Path) -> None:
@@ -92,7 +89,7 @@ def test_the_backends_and_the_rule_take_the_same_path(tmp_path: Path) -> None:
     trajectories: dict[str, dict[str, list[list[Any]]]] = {"core": {n: by_core(o) for n, o in CASES.items()}}
     for backend in BACKENDS:
         path = tmp_path / f"{backend}.npz"
-        run(backend, __file__, str(path))
+        run(backend, path)
         with np.load(path) as weights:
             trajectories[backend] = {
                 name: [[weights[f"{name}/{i}/{j}"] for j in range(len(INITIAL))] for i in range(STEPS)]
@@ -106,13 +103,6 @@ def test_the_backends_and_the_rule_take_the_same_path(tmp_path: Path) -> None:
                 assert deviation(a, b) < 1e-13, f"{left} and {right}, {name}, step {i}"
     for name, other in combinations(CASES, 2):  # and it is no empty comparison
         assert deviation(trajectories["core"][name][-1], trajectories["core"][other][-1]) > 1e-3
-
-
-@pytest.mark.parametrize("backend", BACKENDS[1:])
-def test_what_takes_long_on_the_other_backends(backend: str) -> None:
-    """The slow tests of the optimizer run here too, since the test command runs slow tests on one backend alone."""
-    files = map(str, sorted(Path(__file__).parent.glob("test_keras*.py")))
-    print(run(backend, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-m", "keras and slow", *files))
 
 
 if __name__ == "__main__":

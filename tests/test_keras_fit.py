@@ -25,7 +25,7 @@ WAYS: dict[str, dict[str, Any]] = {
     "jax": {"eager": {"run_eagerly": True}, "xla": {"jit_compile": True}},
     "torch": {"eager": {"jit_compile": False}},
 }[BACKEND]
-# What takes long, and other tests come close to; on backends other than TensorFlow by test_keras_backends.py.
+# What takes long, and other tests come close to.
 slow = pytest.mark.slow
 EACH_WAY = [pytest.param(way, marks=[slow] if (BACKEND, way) == ("jax", "eager") else []) for way in WAYS]
 

@@ -3,8 +3,11 @@
 Keras runs on the backend that KERAS_BACKEND names; the test command runs the tests that use it on each of the three.
 """
 
+import os
 from functools import cache, partial
 from itertools import combinations
+from pathlib import Path
+from tempfile import NamedTemporaryFile
 from typing import Any
 
 import numpy as np
@@ -15,10 +18,11 @@ from ada2ms.core import golden
 from ada2ms.demo import digits
 from ada2ms.demo.digits import Array
 from ada2ms.demo.run import deviation
-from support import EPSILON, REPLAYS, check, needs_compiler, place, settings
+from support import EPSILON, REPLAYS, check, has_one_group, needs_compiler, place, require_device, settings
 
 CASES = golden.load()
-DEVICES = ["cpu", pytest.param("gpu", marks=pytest.mark.gpu)]
+# Keras says where a gradient is missing, which the cases mean.
+GRADIENTS_MAY_BE_MISSING = pytest.mark.filterwarnings("ignore:Gradients do not exist for variables:UserWarning")
 
 
 def marked(*names: str) -> Any:
@@ -37,11 +41,26 @@ def marked(*names: str) -> Any:
 @pytest.mark.parametrize("dtype", ["float64", "float32"])
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.id)
 @pytest.mark.parametrize("backend", [marked(name) for name in REPLAYS])
-@pytest.mark.parametrize("device", DEVICES)
-@pytest.mark.filterwarnings("ignore:Gradients do not exist for variables:UserWarning")  # Keras tells; the cases mean it
-def test_golden(case: golden.Case, backend: str, dtype: str, device: str) -> None:
+@GRADIENTS_MAY_BE_MISSING
+def test_golden(case: golden.Case, backend: str, dtype: str) -> None:
     """The bounds and their reasons are those of `support.check`."""
-    check(case, REPLAYS[backend](case, dtype, device), dtype)
+    check(case, REPLAYS[backend](case, dtype, "cpu"), dtype)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", ["float64", "float32"])
+@pytest.mark.parametrize("backend", [marked(name) for name in REPLAYS if name != "numpy"])
+@GRADIENTS_MAY_BE_MISSING
+def test_golden_on_a_gpu(backend: str, dtype: str) -> None:
+    """All cases in one test, which names each that fails: apart, they would be 1500 skipped tests without a GPU."""
+    require_device(backend.partition("-")[0], "gpu")
+    failures = []
+    for case in CASES if backend.startswith("torch") else filter(has_one_group, CASES):
+        try:
+            check(case, REPLAYS[backend](case, dtype, "gpu"), dtype)
+        except Exception as error:  # of one case, whatever it is: the others are run too
+            failures.append(f"{case.id}: {type(error).__name__}: {error}".partition("\n")[0])
+    assert not failures, "\n".join(failures)
 
 
 # Closed loop: each framework's own autodiff, on real data.
@@ -97,7 +116,26 @@ TRAINERS = {"torch": torch_trainer, "jax": jax_trainer, "keras": keras_trainer}
 
 @cache
 def trajectory(framework: str, network: str, dtype: str, optimizer: str, device: str = "cpu") -> list[list[Array]]:
-    """The parameters after every step; `optimizer` is one of `OPTIMIZERS`, or the framework's own momentum SGD."""
+    """The parameters after every step; `optimizer` is one of `OPTIMIZERS`, or the framework's own momentum SGD.
+
+    The processes of one test command, which differ in Keras' backend alone, share those of the other frameworks through
+    the folder that SHARED_TRAJECTORIES names.
+    """
+    folder = os.environ.get("SHARED_TRAJECTORIES")
+    if folder is None or framework == "keras" or device != "cpu":
+        return train(framework, network, dtype, optimizer, device)
+    file = Path(folder, f"{framework}-{network}-{dtype}-{optimizer}.npz")
+    if not file.exists():
+        found = train(framework, network, dtype, optimizer, device)
+        with NamedTemporaryFile(dir=folder, delete=False) as written:  # beside another process that does the same
+            np.savez(written, *(np.stack(arrays) for arrays in zip(*found, strict=True)))
+        Path(written.name).replace(file)
+    with np.load(file) as stored:
+        return [list(arrays) for arrays in zip(*stored.values(), strict=True)]
+
+
+def train(framework: str, network: str, dtype: str, optimizer: str, device: str) -> list[list[Array]]:
+    """The parameters after every step, once it has learnt something."""
     data = digits.load(dtype)
     weights = digits.initial_weights(NETWORKS[network], seed=0, dtype=dtype)
     with settings(framework, dtype, device):
@@ -116,13 +154,11 @@ def largest_deviation(left: tuple[str, str], right: tuple[str, str], network: st
     return max(deviation(a, b) for a, b in zip(*runs, strict=True))
 
 
-# Trajectories are kept and used again, so the tests of one network are for one worker.
-BY_NETWORK = [pytest.param(name, marks=pytest.mark.xdist_group(name)) for name in NETWORKS]
 PAIRS = [marked(*pair) for pair in combinations(FRAMEWORKS, 2)]
 
 
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
-@pytest.mark.parametrize("network", BY_NETWORK)
+@pytest.mark.parametrize("network", NETWORKS)
 @pytest.mark.parametrize(("left", "right"), PAIRS)
 def test_closed_loop_float64(left: str, right: str, network: str, optimizer: str) -> None:
     """450 epsilons, at every step. Sums in another order cost about one epsilon of the gradient a step; in these loops
@@ -131,7 +167,7 @@ def test_closed_loop_float64(left: str, right: str, network: str, optimizer: str
 
 
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
-@pytest.mark.parametrize("network", BY_NETWORK)
+@pytest.mark.parametrize("network", NETWORKS)
 @pytest.mark.parametrize(("left", "right"), PAIRS)
 def test_closed_loop_float32(left: str, right: str, network: str, optimizer: str) -> None:
     """What the frameworks' own momentum SGD parts by in the same loop measures the rounding of their gradients. Ada2MS
