@@ -32,7 +32,8 @@ def update(
     adaptivity: float | Tensor,
 ) -> None:
     """Updates variables and moments in place; `sizes`, `epsilons`, `decay` and `adaptivity` are those of a `Step`."""
-    wide = [x.to(m.dtype) for x, m in zip(variables, momentums, strict=True)]  # the same, unless they are of 16 bits
+    # The same, unless they are of 16 bits; wider than their state are those of a model after `double()`.
+    wide = [x.to(torch.promote_types(x.dtype, m.dtype)) for x, m in zip(variables, momentums, strict=True)]
     gradients = [g.to(m.dtype) for g, m in zip(gradients, momentums, strict=True)]
     torch._foreach_lerp_(momentums, gradients, 1 - beta_1)
     torch._foreach_mul_(velocities, beta_2)

@@ -1,7 +1,6 @@
 """The rule on keras.ops, as a Keras optimizer for each of Keras' backends."""
 
 import math
-import re
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -11,6 +10,7 @@ from keras import ops
 
 from ada2ms.core import schedules
 from ada2ms.core.hyperparameters import DEFAULT_NONFINITE, DEFAULT_SCOPE, DEFAULTS, Nonfinite, Scope, check, value_at
+from ada2ms.tf.exclusions import Exclusions, path_of
 
 Tensor = Any  # of whichever backend Keras runs on
 Variable = Any  # a keras.Variable, or the backend's own
@@ -119,8 +119,6 @@ class Ada2MS(keras.optimizers.Optimizer):  # type: ignore[misc]
         if weight_decay is None:  # as from Keras' AdamW, whose tests match on these words
             raise ValueError("Argument `weight_decay` must be a float. Received: weight_decay=None")
         check("weight_decay", weight_decay)
-        check("scope", scope)
-        check("nonfinite", nonfinite)
         super().__init__(
             learning_rate=learning_rate if callable(learning_rate) else float(learning_rate),
             weight_decay=float(weight_decay),
@@ -141,7 +139,8 @@ class Ada2MS(keras.optimizers.Optimizer):  # type: ignore[misc]
         self.adaptivity = adaptivity
         self.scope = scope
         self.nonfinite = nonfinite
-        self._excluded_names: list[str] = []
+        self._exclusions = Exclusions()
+        self._excluded_keys: frozenset[Any] | None = frozenset()  # None: of a configuration, which has paths only
 
     @property
     def adaptivity(self) -> float | Callable[[Any], Any]:
@@ -158,22 +157,51 @@ class Ada2MS(keras.optimizers.Optimizer):  # type: ignore[misc]
         check("adaptivity", adaptivity)
         self._adaptivity = adaptivity if callable(adaptivity) else float(adaptivity)
 
+    @property
+    def scope(self) -> Scope:
+        """As given; the state's shape depends on it, so it is fixed once the optimizer is built."""
+        return self._scope
+
+    @scope.setter
+    def scope(self, scope: Scope) -> None:
+        check("scope", scope)
+        if self.built and scope != self.scope:
+            reason = f"this optimizer is built, with the state of {self.scope!r}: make another, and `import_state`"
+            raise ValueError(f"Invalid scope: {scope!r} ({reason})")
+        self._scope = scope
+
+    @property
+    def nonfinite(self) -> Nonfinite:
+        """As given; it may be replaced at any time, like `adaptivity`."""
+        return self._nonfinite
+
+    @nonfinite.setter
+    def nonfinite(self, nonfinite: Nonfinite) -> None:
+        check("nonfinite", nonfinite)
+        self._nonfinite = nonfinite
+
     def build(self, variables: list[Variable]) -> None:
-        """Creates the state: two slots for each variable, of its shape, and four small variables for all of them."""
+        """Creates the state: two slots for each variable, of its shape, and four small variables for all of them.
+
+        Variables that their gradients overwrite, such as the scales of a float8 layer, have no slots, as in Keras' own
+        optimizers.
+        """
         if self.built:
             return
         super().build(variables)
-        self._momentums, self._velocities = [], []
-        for v in variables:
-            self._momentums.append(self.add_variable_from_reference(v, name="momentum"))
-            self._velocities.append(self.add_variable_from_reference(v, name="velocity"))
+        self._updated = tuple(i for i, v in enumerate(variables) if not self._overwrite_variable_with_gradient(v))
+        self._find_excluded()
+        self._momentums, self._velocities = [None] * len(variables), [None] * len(variables)
+        for i in self._updated:
+            self._momentums[i] = self.add_variable_from_reference(variables[i], name="momentum")
+            self._velocities[i] = self.add_variable_from_reference(variables[i], name="velocity")
 
         def add(name: str, dtype: str, shape: tuple[int, ...] = ()) -> Variable:
             return self.add_variable(shape, dtype=dtype, aggregation="only_first_replica", name=name)
 
         n = len(variables)
         self._entries = tuple(math.prod(v.shape) for v in variables)
-        dtypes = {_precision(v.dtype) for v in variables}
+        dtypes = {_precision(variables[i].dtype) for i in self._updated}
         self._dtype = "float64" if "float64" in dtypes else "float32"
         self._global_velocity = add("global_velocity", self._dtype, () if self.scope == "model" else (n,))
         self._global_step = add("global_step", "int")
@@ -214,7 +242,7 @@ class Ada2MS(keras.optimizers.Optimizer):  # type: ignore[misc]
         self.assign(variable, ops.cast(theta, variable.dtype))
 
     def _decays(self, i: int) -> bool:
-        return bool(self.weight_decay) and self._use_weight_decay(self._trainable_variables[i])
+        return bool(self.weight_decay) and i not in self._excluded
 
     def _squares(self, gradients: list[Tensor], variables: Sequence[Variable]) -> tuple[Tensor, Tensor]:
         """sum(g*g) of each, in one vector, and of all."""
@@ -235,7 +263,8 @@ class Ada2MS(keras.optimizers.Optimizer):  # type: ignore[misc]
     ) -> None:
         indices = [self._get_variable_index(v) for v in variables]
         step = self._begin_step(indices, squares, total, learning_rate)
-        if keras.backend.backend() != "torch":
+        twice = len(set(indices)) < len(indices)  # lists of tensors are updated at once, which means otherwise then
+        if keras.backend.backend() != "torch" or twice:
             for g, v in zip(gradients, variables, strict=True):
                 self.update_step(g, v, step)
             return
@@ -282,10 +311,10 @@ class Ada2MS(keras.optimizers.Optimizer):  # type: ignore[misc]
             new_s = b2 * s + total * ((1 - b2) / max(sum(self._entries[i] for i in indices), 1))
             s_hat = new_s / self._correction(b2, new_k)
         else:
-            means = squares * ops.convert_to_tensor(
-                ((1 - b2) / np.maximum(self._entries, 1)[indices]).astype(self._dtype)
-            )
-            if len(indices) < n:
+            # A variable that is given twice moves its s once, by the mean of both.
+            shares = (1 - b2) / np.maximum(self._entries, 1) / np.maximum(np.bincount(indices, minlength=n), 1)
+            means = squares * ops.convert_to_tensor(shares[indices].astype(self._dtype))
+            if indices != list(range(n)):  # some have no gradient, or they are in another order
                 means = ops.scatter(ops.convert_to_tensor(np.array(indices)[:, None]), means, (n,))
             new_s = ops.where(ops.convert_to_tensor(present), b2 * s + means, s)
             s_hat = new_s / self._correction(b2, counted)
@@ -372,13 +401,25 @@ class Ada2MS(keras.optimizers.Optimizer):  # type: ignore[misc]
             var_names: regular expressions; variables are excluded whose path (`"encoder/dense/bias"`) or name
                 (`"bias"`) any of them matches somewhere. The same on every backend, unlike in `keras.optimizers.AdamW`.
         """
-        super().exclude_from_weight_decay(var_list, var_names)
-        self._excluded_names = list(var_names or [])
+        self._exclusions = Exclusions.of(var_list, var_names)
+        self._excluded_keys = frozenset(self._var_key(v) for v in var_list or ())
+        if self.built:
+            self._find_excluded()
+
+    def _find_excluded(self) -> None:
+        """Indices of the variables that are excluded, which the configuration keeps too."""
+        variables = [self._trainable_variables[i] for i in self._updated]
+        paths = [path_of(v) for v in variables]
+        if self._excluded_keys is None:
+            found = self._exclusions.found(paths)
+        else:
+            found = {i for i, v in enumerate(variables) if self._var_key(v) in self._excluded_keys}
+            found |= self._exclusions.by_name(paths)
+        self._excluded = frozenset(self._updated[i] for i in found)
+        self._exclusions = self._exclusions.built(paths, found)
 
     def _use_weight_decay(self, variable: Variable) -> bool:
-        path = getattr(variable, "path", variable.name)  # a tf.Variable has a name only
-        excluded = any(re.search(name, path) for name in self._excluded_names)
-        return not excluded and bool(super()._use_weight_decay(variable))
+        return self._get_variable_index(variable) not in self._excluded
 
     def add_variable(
         self, shape: tuple[int, ...], initializer: Any = "zeros", dtype: Any = None, *args: Any, **kwargs: Any
@@ -390,6 +431,45 @@ class Ada2MS(keras.optimizers.Optimizer):  # type: ignore[misc]
             dtype = "float32"
         return super().add_variable(shape, initializer, dtype, *args, **kwargs)
 
+    # What Keras saves, in `.keras` files among others. It numbers variables by their order, which is another one once a
+    # quantized model has been saved and loaded: there, its layers' scales come first.
+
+    def save_own_variables(self, store: Any) -> None:
+        """Puts the state into a store of Keras, whose keys are numbers."""
+        for i, (variable, order) in enumerate(self._as_saved()):
+            store[str(i)] = variable.numpy() if order is None else variable.numpy()[order]
+
+    def load_own_variables(self, store: Any) -> None:
+        """Takes the state from a store of Keras; warns, as every Keras optimizer does, if it has other variables.
+
+        Raises:
+            ValueError: a shape is another; nothing has changed.
+        """
+        saved = self._as_saved()
+        if len(saved) != len(store.keys()):
+            super().load_own_variables(store)
+            return
+        arrays = [np.asarray(store[str(i)]) for i in range(len(saved))]
+        for (variable, _), array in zip(saved, arrays, strict=True):
+            if tuple(variable.shape) != array.shape:
+                shapes = f"shape {tuple(variable.shape)}; in what was saved it is {array.shape}"
+                raise ValueError(f"The state does not fit optimizer {self.name!r}: {variable.path!r} has {shapes}")
+        for (variable, order), array in zip(saved, arrays, strict=True):
+            variable.assign(array if order is None else array[np.argsort(order)])
+
+    def _as_saved(self) -> list[tuple[Variable, list[int] | None]]:
+        """The state's variables in order; and the order of those that have an entry for each variable.
+
+        Where no variable is overwritten by its gradient, these are the orders that they have anyway.
+        """
+        if not self.built:
+            return [(v, None) for v in self.variables]
+        order = sorted(range(len(self._trainable_variables)), key=lambda i: i not in self._updated)
+        per_variable = {id(self._steps), *([id(self._global_velocity)] if self.scope == "tensor" else [])}
+        accumulators = self._accumulated_gradients if self.gradient_accumulation_steps else []
+        moved = {id(old): accumulators[i] for old, i in zip(accumulators, order, strict=False)}
+        return [(moved.get(id(v), v), order if id(v) in per_variable else None) for v in self.variables]
+
     def get_config(self) -> dict[str, Any]:
         """The arguments, as plain data that `from_config` takes."""
         adaptivity: Any = self.adaptivity
@@ -397,8 +477,10 @@ class Ada2MS(keras.optimizers.Optimizer):  # type: ignore[misc]
             adaptivity = adaptivity.to_dict()
         elif callable(adaptivity):
             adaptivity = keras.saving.serialize_keras_object(adaptivity)
+        exclusions = {"exclude_from_weight_decay": self._exclusions.to_config()} if self._exclusions else {}
         return {
             **super().get_config(),
+            **exclusions,
             "beta_1": self.beta_1,
             "beta_2": self.beta_2,
             "epsilon": self.epsilon,
@@ -416,7 +498,11 @@ class Ada2MS(keras.optimizers.Optimizer):  # type: ignore[misc]
             config["adaptivity"] = schedules.from_dict(adaptivity)
         elif isinstance(adaptivity, dict):
             config["adaptivity"] = keras.saving.deserialize_keras_object(adaptivity, custom_objects=custom_objects)
-        return super().from_config(config, custom_objects=custom_objects)  # type: ignore[no-any-return]
+        exclusions = config.pop("exclude_from_weight_decay", None)
+        optimizer: Ada2MS = super().from_config(config, custom_objects=custom_objects)
+        if exclusions:
+            optimizer._exclusions, optimizer._excluded_keys = Exclusions.from_config(exclusions), None
+        return optimizer
 
 
 # compile(optimizer="ada2ms"), and as the class is called, since Keras' own go by both

@@ -46,12 +46,12 @@ def export_state(
         values: whether the variables' values are to travel too.
 
     Returns:
-        A state with copies of everything.
+        A state with copies of everything. Its `notes` say what the optimizer keeps besides and no state holds.
 
     Raises:
         StateError: listing everything that cannot be exported.
     """
-    optimizer = _inner(optimizer)
+    wrapper, optimizer = optimizer, _inner(optimizer)
     if not optimizer.built:
         raise StateError("The optimizer does not fit", ["it is not built: it has no state yet"])
     ours = isinstance(optimizer, Ada2MS)
@@ -74,14 +74,16 @@ def export_state(
     hyper["lr"] = config if isinstance(config, float) else None
     hyper["adaptivity"] = getattr(optimizer, "adaptivity", None)
     group = Group(list(renamed.values()), plain_hyperparameters(hyper))
+    notes = _left_behind(model, wrapper, optimizer)
     source = f"keras {keras.__version__} on {keras.backend.backend()}: {type(optimizer).__name__}"
     if not ours:
-        return State(entries, [group], source=source)
+        return State(entries, [group], source=source, notes=notes)
     group.global_step = k
     if optimizer.scope == "model":
         group.global_exp_avg_sq = float(_numpy(optimizer._global_velocity))
     skipped = int(_numpy(optimizer._skipped))
-    return State(entries, [group], scope=optimizer.scope, nonfinite=optimizer.nonfinite, skipped=skipped, source=source)
+    choices = {"scope": optimizer.scope, "nonfinite": optimizer.nonfinite}
+    return State(entries, [group], **choices, skipped=skipped, source=source, notes=notes)
 
 
 def import_state(
@@ -96,8 +98,10 @@ def import_state(
 ) -> Report:
     """Gives an optimizer, and the variables, a state of any framework; hyperparameters stay as they are.
 
-    `iterations`, which learning-rate schedules are given, becomes the number of updates (of micro-steps, with
-    `gradient_accumulation_steps`).
+    It goes on as if it were new, whatever it was used for: gradients that it had accumulated are dropped, moving
+    averages of the variables (`use_ema`) start from the variables' values, and a `LossScaleOptimizer` from its
+    `initial_scale`. `iterations`, which learning-rate schedules are given, becomes the number of updates, with those
+    that were skipped (of micro-steps, with `gradient_accumulation_steps`).
 
     Args:
         model: the model, or its trainable variables. A variable's name here is its path, `"sequential/dense/kernel"`.
@@ -111,12 +115,12 @@ def import_state(
         cast: whether values may be rounded to the types here.
 
     Returns:
-        What went where; to be printed.
+        What went where, and in its `notes` what did not; to be printed.
 
     Raises:
         StateError: listing everything that is missing, superfluous, or of a wrong shape or type; nothing has changed.
     """
-    optimizer = _inner(optimizer)
+    wrapper, optimizer = optimizer, _inner(optimizer)
     optimizer.build(list(model.trainable_variables if isinstance(model, keras.Model) else model))
     ours = isinstance(optimizer, Ada2MS)
     variables = _variables(model, optimizer)
@@ -158,7 +162,9 @@ def import_state(
         steps[i], own[i] = entry.step, entry.global_exp_avg_sq or 0.0
         if entry.param is not None:
             _assign(variable, entry.param)
-    _assign(optimizer._iterations, np.array(k * (optimizer.gradient_accumulation_steps or 1)))
+    fitted.report.notes += [*_unknown(model, optimizer), *_restart(wrapper, optimizer)]
+    calls = k + fitted.skipped if ours else k  # AdamW's own count is this one
+    _assign(optimizer._iterations, np.array(calls * (optimizer.gradient_accumulation_steps or 1)))
     if ours:
         _assign(optimizer._global_step, np.array(k))
         _assign(optimizer._steps, steps)
@@ -191,9 +197,9 @@ def _inner(optimizer: keras.optimizers.Optimizer) -> keras.optimizers.Optimizer:
 
 
 def _variables(model: Model, optimizer: keras.optimizers.Optimizer) -> dict[str, tuple[int, Variable]]:
-    """By path: index in the optimizer, and variable; without those that the optimizer does not know."""
-    given = model.trainable_variables if isinstance(model, keras.Model) else model
-    index = {id(v): i for i, v in enumerate(optimizer._trainable_variables)}
+    """By path: index in the optimizer, and variable, of those that it updates; frozen since it was built, or not."""
+    given = model.variables if isinstance(model, keras.Model) else model
+    index = {id(v): i for i, v in enumerate(optimizer._trainable_variables) if optimizer._momentums[i] is not None}
     found: dict[str, tuple[int, Variable]] = {}
     for v in given:
         if id(v) in index:
@@ -201,9 +207,59 @@ def _variables(model: Model, optimizer: keras.optimizers.Optimizer) -> dict[str,
                 raise StateError("The model does not fit", [f"two variables have the path {v.path!r}"])
             found[v.path] = index[id(v)], v
     if len(found) < len(index):
-        absent = [v.path for v in optimizer._trainable_variables if v.path not in found]
+        absent = [v.path for v in optimizer._trainable_variables if id(v) in index and v.path not in found]
         raise StateError("The optimizer does not fit", [f"{path!r} is not in the model" for path in absent])
     return found
+
+
+def _unknown(model: Model, optimizer: keras.optimizers.Optimizer) -> list[str]:
+    """Notes of variables that are trained, or given, and of which this optimizer has nothing."""
+    known = {id(v) for v in optimizer._trainable_variables}
+    given = model.trainable_variables if isinstance(model, keras.Model) else model
+    return [
+        f"{v.path!r} is not among the variables that the optimizer was built with" for v in given if id(v) not in known
+    ]
+
+
+def _left_behind(model: Model, wrapper: keras.optimizers.Optimizer, optimizer: keras.optimizers.Optimizer) -> list[str]:
+    """Notes of what an export does not take along."""
+    notes = _unknown(model, optimizer)
+    if waiting := _accumulated(optimizer):
+        notes.append(
+            f"gradients of {waiting} of {optimizer.gradient_accumulation_steps} steps, accumulated for the next"
+        )
+        notes[-1] += " update, are not in this state"
+    if optimizer.use_ema:
+        notes.append("the moving averages of the variables (use_ema) are not in this state")
+    if wrapper is not optimizer and wrapper.built:
+        notes.append(f"the loss scale, {float(_numpy(wrapper.dynamic_scale))}, is not in this state")
+    return notes
+
+
+def _restart(wrapper: keras.optimizers.Optimizer, optimizer: keras.optimizers.Optimizer) -> list[str]:
+    """Makes what Keras keeps around the state as it is in a new optimizer; notes of what that has changed."""
+    notes = []
+    if optimizer.gradient_accumulation_steps:
+        if waiting := _accumulated(optimizer):
+            notes.append(f"gradients of {waiting} of {optimizer.gradient_accumulation_steps} steps were dropped here")
+        for v in optimizer._accumulated_gradients:
+            _assign(v, np.zeros(v.shape))
+    if optimizer.use_ema:
+        notes.append("the moving averages of the variables (use_ema) start from the variables' values")
+        pairs = zip(optimizer._model_variables_moving_average, optimizer._trainable_variables, strict=True)
+        for average, variable in pairs:
+            if average is not None:  # as it is of variables that their gradients overwrite
+                _assign(average, _numpy(variable))  # a copy: JAX gives a buffer away that two variables share
+    if wrapper is not optimizer and wrapper.built:
+        notes.append(f"the loss scale starts from {wrapper.initial_scale}; here it was {_numpy(wrapper.dynamic_scale)}")
+        _assign(wrapper.dynamic_scale, np.array(wrapper.initial_scale))
+        _assign(wrapper.step_counter, np.array(0))
+    return notes
+
+
+def _accumulated(optimizer: keras.optimizers.Optimizer) -> int:
+    """Calls of `apply` since the last update, whose gradients wait for the next."""
+    return int(_numpy(optimizer._iterations)) % (optimizer.gradient_accumulation_steps or 1)
 
 
 def _paths(model: Model) -> list[str]:
