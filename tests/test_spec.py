@@ -4,9 +4,7 @@ Its numbers are judged by the golden vectors: in test_golden.py, and beside ever
 """
 
 import copy
-import re
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -16,8 +14,7 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from ada2ms.core import DEFAULTS, Ada2MS, Hyperparameters, Linear
-from ada2ms.core import spec as specification
-from ada2ms.core.hyperparameters import DEFAULT_NONFINITE, DEFAULT_SCOPE, NAMES, Framework, check
+from ada2ms.core.hyperparameters import check
 
 Array = NDArray[Any]
 EPSILON = float(np.finfo(np.float64).eps)
@@ -342,33 +339,3 @@ def test_nothing_changes_after_bad_gradients(gradients: Any, error: type[Excepti
 def test_gradients_may_be_lists() -> None:
     (left,), (right,) = (results(train([np.ones(2)], [[g]])) for g in ([1.0, 2.0], np.array([1.0, 2.0])))
     np.testing.assert_array_equal(left, right)
-
-
-# Names.
-
-ROWS = (("lr",), ("b1", "b2"), ("eps",), ("weight_decay",), ("adaptivity",), ("scope",), ("nonfinite",))
-FRAMEWORKS: tuple[Framework, ...] = ("torch", "keras", "optax")
-
-
-def arguments(names: tuple[str, ...], framework: Framework) -> str:
-    """As a table has them: what they are called, a tuple once."""
-    return ", ".join(dict.fromkeys(NAMES[name][framework].partition("[")[0] for name in names))
-
-
-def test_the_readme_has_the_names_and_defaults() -> None:
-    readme = (Path(__file__).parents[1] / "README.md").read_text()
-    table = readme[readme.index("## Names and defaults") :].splitlines()[4 : 4 + len(ROWS)]
-    defaults = {**vars(DEFAULTS), "scope": DEFAULT_SCOPE, "nonfinite": DEFAULT_NONFINITE}
-    for names, line in zip(ROWS, table, strict=True):
-        _, default, *found = [cell.strip().strip("`") for cell in line.strip("|").split("|")]
-        assert found == [arguments(names, framework) for framework in FRAMEWORKS]
-        given = tuple(defaults[name] for name in names)
-        assert (eval(default) if len(given) > 1 else (eval(default),)) == given
-
-
-def test_the_specification_has_the_names() -> None:
-    text = specification.__doc__ or ""
-    rows = {tuple(re.split(r"\s{2,}", line.strip())[-3:]) for line in text.splitlines()}
-    for names in (*ROWS[:5], ("scope", "nonfinite")):
-        torch = ", ".join(names) + " (torch: betas)" * ("b1" in names)
-        assert (torch, arguments(names, "keras"), arguments(names, "optax")) in rows

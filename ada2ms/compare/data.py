@@ -141,7 +141,7 @@ def load_cifar(folder: Path, share: float = 1.0) -> Data:
 
 
 class _OnlyArrays(pickle.Unpickler):
-    """Refuses everything that CIFAR's files have no need of: a pickle can run any code."""
+    """Rejects everything that CIFAR's files do not need, since a pickle can run any code."""
 
     def find_class(self, module: str, name: str) -> Any:
         arrays = module.partition(".")[0] == "numpy" and name in ("_reconstruct", "ndarray", "dtype")

@@ -134,14 +134,14 @@ def _finish(
 
 
 def _start() -> None:
-    # Ctrl-C ends workers at once, and the parent says what there is to say.
+    # Ctrl-C ends the workers at once; the parent reports it.
     signal.signal(signal.SIGINT, signal.SIG_DFL)
     threading.Thread(target=_end_with_parent, daemon=True).start()
     torch.set_num_threads(1)
 
 
 def _end_with_parent() -> None:
-    """A pool's workers outlive a parent that is killed, and wait for work for ever."""
+    """Ends a worker with its parent: workers of a pool would outlive a killed one, and wait forever."""
     parent = multiprocessing.parent_process()
     if parent is not None:
         parent.join()

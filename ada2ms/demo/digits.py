@@ -12,7 +12,7 @@ from ada2ms.core import State
 Array = NDArray[Any]
 
 # (height, width, in, out) is a 3x3 convolution, then SiLU, then 2x2 average pooling; (in, out) is a dense layer, with
-# SiLU unless it is the last. SiLU, because where ReLU has its kink, one rounding could part two trajectories.
+# SiLU unless it is the last. SiLU, because at the kink of ReLU a single rounding could separate two trajectories.
 CONVNET = ((3, 3, 1, 8), (3, 3, 8, 16), (64, 10))
 MLP = ((64, 32), (32, 10))
 
