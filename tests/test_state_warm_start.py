@@ -106,7 +106,9 @@ def test_a_warm_start_counts_complex_tensors_as_pairs_of_reals() -> None:
 
 
 def test_a_part_without_a_global_moment_is_given_its_like() -> None:
-    """Of a group with the same b2, if there is one; each tensor's own mean in scope "tensor"; what is known stays."""
+    """Of a group with the same b2, or else the s_hat of another; each tensor's own mean in scope "tensor"; what is known
+    stays.
+    """
     parameters = {name: entry((2,), seed=i) for i, name in enumerate("abcd")}
     groups = [
         Group(["a"], {"b2": 0.99}, 0.25, 9),
@@ -115,13 +117,17 @@ def test_a_part_without_a_global_moment_is_given_its_like() -> None:
         Group(["d"], {"b2": 0.5}, 0.5, 8),
     ]
     found = State(parameters, groups).with_global("model").groups
-    v = np.concatenate([e.exp_avg_sq for e in parameters.values()]).astype(np.float64)
+    s_hat = 0.25 / (1 - 0.99**9)
     assert [(g.global_exp_avg_sq, g.global_step) for g in found] == [
         (0.25, 9),
         (0.25, 9),
-        (pytest.approx(v.mean(), rel=1e-15), 3),
+        (pytest.approx(s_hat * (1 - 0.9**9), rel=1e-14), 9),
         (0.5, 8),
     ]
+    unknown = [groups[0], Group(["b", "c", "d"])]  # nothing is known of its b2
+    v = np.concatenate([e.exp_avg_sq for e in parameters.values()]).astype(np.float64)
+    found = State(parameters, unknown).with_global("model").groups
+    assert (found[1].global_exp_avg_sq, found[1].global_step) == (pytest.approx(v.mean(), rel=1e-15), 3)
     with pytest.raises(StateError, match="its scope is 'model', the optimizer's 'tensor'"):
         State(parameters, groups).with_global("tensor")
     parameters["a"].global_exp_avg_sq = 0.125

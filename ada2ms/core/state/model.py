@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from ada2ms.core.coefficients import bias_correction
 from ada2ms.core.hyperparameters import DEFAULT_NONFINITE, DEFAULT_SCOPE, DEFAULTS, Nonfinite, Scope, check
 from ada2ms.core.schedules import AdaptivitySchedule
 from ada2ms.core.state import file
@@ -115,8 +116,8 @@ class State:
         """The state with a global second moment for `scope`: its own, or the warm start where it has none.
 
         The warm start is s = mean(v), over all entries that have been updated (with scope "tensor", over each tensor's
-        own), and k is the highest count of any tensor. A group without s beside others that have one takes that of a
-        group with the same b2.
+        own), and k is the highest count of any tensor. A group without s beside others that have one takes s and k of a
+        group with the same b2, or else s_hat and k of another.
 
         Raises:
             StateError: the state has one for the other scope.
@@ -134,12 +135,11 @@ class State:
             }
             groups = [replace(group, global_step=max(group.global_step, k)) for group in self.groups]
             return replace(self, parameters=parameters, groups=groups, scope=scope)
-        known = {group.hyper.get("b2"): group for group in self.groups if group.global_exp_avg_sq is not None}
-        start = Group([], global_exp_avg_sq=_mean(self.parameters.values()), global_step=k)
+        start = _mean(self.parameters.values()), k
         groups = []
         for group in self.groups:
-            like = group if group.global_exp_avg_sq is not None else known.get(group.hyper.get("b2"), start)
-            groups.append(replace(group, global_exp_avg_sq=like.global_exp_avg_sq, global_step=like.global_step))
+            s, number = _shared(group, self.groups) or start
+            groups.append(replace(group, global_exp_avg_sq=s, global_step=number))
         return replace(self, groups=groups, scope=scope)
 
     def _global_moments(self) -> list[float | None]:
@@ -180,6 +180,21 @@ class State:
         data["parameters"] = {name: Entry(**entry) for name, entry in data["parameters"].items()}
         data["groups"] = [Group(**group) for group in data["groups"]]
         return cls(**data)
+
+
+def _shared(group: Group, groups: Iterable[Group]) -> tuple[float, int] | None:
+    """(s, k) of a group: its own, those of one with the same b2, or as for the s_hat of another; None of no group."""
+    b2 = group.hyper.get("b2")
+    found: tuple[float, int] | None = None
+    for other in (group, *groups):
+        s, k, other_b2 = other.global_exp_avg_sq, other.global_step, other.hyper.get("b2")
+        if s is None:
+            continue
+        if other is group or other_b2 == b2:
+            return s, k
+        if found is None and b2 is not None and other_b2 is not None and k:
+            found = s / bias_correction(other_b2, k) * bias_correction(b2, k), k
+    return found
 
 
 def _mean(entries: Iterable[Entry]) -> float:
