@@ -106,9 +106,7 @@ def test_a_warm_start_counts_complex_tensors_as_pairs_of_reals() -> None:
 
 
 def test_a_part_without_a_global_moment_is_given_its_like() -> None:
-    """Of a group with the same b2, or else the s_hat of another; each tensor's own mean in scope "tensor"; what is known
-    stays.
-    """
+    """That of a group with the same b2, or else the s_hat of another; with scope "tensor", each tensor's own mean."""
     parameters = {name: entry((2,), seed=i) for i, name in enumerate("abcd")}
     groups = [
         Group(["a"], {"b2": 0.99}, 0.25, 9),
