@@ -34,6 +34,20 @@ def test_arrays_that_are_not_contiguous_are_saved_as_they_are(tmp_path: Path) ->
     assert_equal(State.load(tmp_path / "a.safetensors"), state)
 
 
+@pytest.mark.parametrize("shape", [(), (0,), (3,), (2, 3)])
+def test_complex_arrays_of_every_layout_are_saved_as_they_are(shape: tuple[int, ...], tmp_path: Path) -> None:
+    e = entry(shape, "complex64")
+    for slot, array in e.slots().items():
+        setattr(e, slot, np.asfortranarray(array))
+    state = State({"a": e}, [Group(["a"], {}, 0.5, 3)])
+    state.save(tmp_path / "a.safetensors")
+    assert_equal(State.load(tmp_path / "a.safetensors"), state)
+    if e.exp_avg_sq.size:
+        e.exp_avg_sq[...] = -1j
+        with pytest.raises(StateError, match=r"'a': Invalid exp_avg_sq: an entry is -1.0"):
+            State({"a": e}, state.groups)
+
+
 def test_every_damage_is_found(tmp_path: Path) -> None:
     whole = FIXTURE.read_bytes()
     file = tmp_path / "damaged.safetensors"

@@ -199,10 +199,13 @@ def _shared(group: Group, groups: Iterable[Group]) -> tuple[float, int] | None:
 
 def _mean(entries: Iterable[Entry]) -> float:
     """mean(v) over the entries of tensors that have been updated; 0 over none."""
-    moments = [entry.exp_avg_sq for entry in entries if entry.step]
-    # Complex tensors count as pairs of reals.
-    v = [(np.stack([x.real, x.imag]) if np.iscomplexobj(x) else x).astype(np.float64) for x in moments]
+    v = [_reals(entry.exp_avg_sq).astype(np.float64) for entry in entries if entry.step]
     return sum(float(x.sum()) for x in v) / max(sum(x.size for x in v), 1)
+
+
+def _reals(array: Array) -> Array:
+    """Complex numbers as pairs of reals along a new leading axis."""
+    return np.stack([array.real, array.imag]) if np.iscomplexobj(array) else array
 
 
 def _entry_problems(entry: Entry) -> list[str]:
@@ -214,8 +217,8 @@ def _entry_problems(entry: Entry) -> list[str]:
             problems.append(f"Invalid {name}: {kind} (must be an array of at least float32)")
         elif array.shape != shape:
             problems.append(f"Invalid {name}: shape {array.shape} (must be that of exp_avg, {shape})")
-        elif name == "exp_avg_sq" and np.any(array.view(array.real.dtype) < 0):
-            problems.append(f"Invalid {name}: an entry is {array.view(array.real.dtype).min()} (must be at least 0)")
+        elif name == "exp_avg_sq" and np.any(_reals(array) < 0):
+            problems.append(f"Invalid {name}: an entry is {_reals(array).min()} (must be at least 0)")
     if not _is_count(entry.step):
         problems.append(f"Invalid step: {entry.step!r} (must be an integer, at least 0)")
     if entry.global_exp_avg_sq is not None and not _is_moment(entry.global_exp_avg_sq):
