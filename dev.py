@@ -5,10 +5,11 @@
     test               format, lint, types, golden vectors and the tests
     quick              in under a minute, while you work: golden vectors in every framework, mutants, imports
     slow               the frameworks' own test-suites, the multi-process tests and the examples
+    gpu [options]      tests and benchmarks on a GPU, in one report, by the Python that runs this; see benchmarks/gpu.py
     setup              only the environment: .venv, with the versions that constraints.txt pins
 
-Every command makes or mends .venv first, and leaves it alone where it is up to date. Tests run in one process for each
-framework, which imports nothing else and compiles once what several tests use; as many processes as there are
+Every other command makes or mends .venv first, and leaves it alone where it is up to date. Tests run in one process for
+each framework, which imports nothing else and compiles once what several tests use; as many processes as there are
 processors run at a time.
 """
 
@@ -144,6 +145,8 @@ def slow() -> list[Job]:
 
 def main() -> int:
     command, *options = sys.argv[1:] or ["--help"]
+    if command == "gpu":
+        return subprocess.run([sys.executable, ROOT / "benchmarks" / "gpu.py", *options]).returncode
     takes_options = command in ("demo", "compare")
     jobs = {"test": test, "quick": quick, "slow": slow, "setup": lambda: []}
     if not (takes_options or command in jobs) or (options and not takes_options):
