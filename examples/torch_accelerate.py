@@ -58,7 +58,8 @@ def main() -> None:
         train(*resumed, epochs - epochs // 2)
 
     model, group = resumed[0], resumed[1].param_groups[0]
-    print(f"{int(group['global_step'])} updates, lr {group['lr']:.1e}")
+    updates = int(resumed[1].state[group["params"][0]]["global_step"])
+    print(f"{updates} updates, lr {group['lr']:.1e}")
     pairs = zip(whole[0].parameters(), model.parameters(), strict=True)
     print(f"resumed half-way, largest difference {max((p - q).abs().max().item() for p, q in pairs)}")
     accuracy = (model(images).argmax(-1) == labels).float().mean()

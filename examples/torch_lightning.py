@@ -66,7 +66,8 @@ def main() -> None:
         resumed = fit(epochs, f"{folder}/half.ckpt")
 
     model, group = resumed.lightning_module, resumed.optimizers[0].param_groups[0]
-    print(f"{int(group['global_step'])} updates, lr {group['lr']:.1e}")
+    updates = int(resumed.optimizers[0].state[group["params"][0]]["global_step"])
+    print(f"{updates} updates, lr {group['lr']:.1e}")
     pairs = zip(whole.lightning_module.parameters(), model.parameters(), strict=True)
     print(f"resumed half-way, largest difference {max((p - q).abs().max().item() for p, q in pairs)}")
     accuracy = (model.layers(images).argmax(-1) == labels).float().mean()

@@ -72,7 +72,8 @@ def main() -> None:
         resumed = trainer()
         resumed.train(resume_from_checkpoint=f"{folder}/checkpoint-{steps // 2}")
 
-    (decayed, other), updates = resumed.optimizer.param_groups, int(resumed.optimizer.param_groups[0]["global_step"])
+    decayed, other = resumed.optimizer.param_groups
+    updates = int(resumed.optimizer.state[decayed["params"][0]]["global_step"])
     print(f"{updates} updates, weight decay {decayed['weight_decay']} and {other['weight_decay']}, lr {decayed['lr']}")
     pairs = zip(whole.model.parameters(), resumed.model.parameters(), strict=True)
     print(f"resumed half-way, largest difference {max((p - q).abs().max().item() for p, q in pairs)}")

@@ -192,11 +192,11 @@ def torch_replay(**options: Any) -> Replay:
                 slot("exp_avg"),
                 slot("exp_avg_sq"),
                 step=[int(optimizer.state.get(p, {}).get("step", 0)) for p in params],
-                s=[float(g["global_exp_avg_sq"]) for g in optimizer.param_groups]
+                s=[float(of_group(optimizer, g).get("global_exp_avg_sq", 0)) for g in optimizer.param_groups]
                 if model
                 else [float(optimizer.state.get(p, {}).get("global_exp_avg_sq", 0)) for p in params],
-                k=[int(g["global_step"]) for g in optimizer.param_groups],
-                skipped=int(optimizer.param_groups[0]["skipped"]),
+                k=[int(of_group(optimizer, g).get("global_step", 0)) for g in optimizer.param_groups],
+                skipped=int(of_group(optimizer, optimizer.param_groups[0]).get("skipped", 0)),
             )
 
         for i, gradients in enumerate(case.gradients):
@@ -208,6 +208,11 @@ def torch_replay(**options: Any) -> Replay:
             yield snapshot() if i + 1 in recorded(case) else None
 
     return replay
+
+
+def of_group(optimizer: Any, group: dict[str, Any]) -> dict[str, Any]:
+    """The state of one of the group's parameters, which has the numbers that all of them share."""
+    return next((optimizer.state[p] for p in group["params"] if optimizer.state.get(p)), {})
 
 
 def replay_keras(case: golden.Case, dtype: str, device: str) -> Iterator[Snapshot | None]:

@@ -83,13 +83,13 @@ def test_convert(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     names.write_text(json.dumps(["weight", "bias"]))
     assert main(["state", "convert", str(saved), str(neutral), "--names", str(names)]) == 0
     state = State.load(neutral)
-    assert state.groups[0].global_exp_avg_sq == float(ours.param_groups[0]["global_exp_avg_sq"])
+    assert state.groups[0].global_exp_avg_sq == float(ours.state[model.weight]["global_exp_avg_sq"])
     assert state.groups[0].hyper["adaptivity"] == core.Cosine(1, 0, 9)
     assert main(["state", "convert", str(neutral), str(back)]) == 0
     again = Ada2MS(model.parameters())
     again.load_state_dict(torch.load(back, weights_only=True)["optimizer"])
     assert again.param_groups[0]["adaptivity"] == core.Cosine(1, 0, 9)
-    assert again.param_groups[0]["global_exp_avg_sq"] == ours.param_groups[0]["global_exp_avg_sq"]
+    assert again.state[model.weight]["global_exp_avg_sq"] == ours.state[model.weight]["global_exp_avg_sq"]
 
 
 def test_checkpoints_of_torch_that_are_something_else(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

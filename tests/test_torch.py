@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
+from torch_support import shared_numbers
 
 from ada2ms import core
 from ada2ms.torch import Ada2MS
@@ -69,7 +70,7 @@ def test_follows_the_specification(options: dict[str, Any], adaptivity: Any, sco
         expected.step([None if p.grad is None else p.grad.cpu().numpy() for p in params])
         optimizer.step()
     assert_same(params, [nn.Parameter(torch.from_numpy(x)) for x in arrays], 1e-13)
-    assert [int(g["global_step"]) for g in optimizer.param_groups] == [10, 10]
+    assert [int(shared_numbers(optimizer, i)["global_step"]) for i in range(2)] == [10, 10]
 
 
 @pytest.mark.parametrize("options", IMPLEMENTATIONS)
@@ -114,7 +115,7 @@ def test_half_precision_has_float32_state() -> None:
             assert torch.equal(p, q)
             assert p.dtype == dtype
             assert all(narrow.state[p][key].dtype == torch.float32 for key in ("exp_avg", "exp_avg_sq"))
-            assert narrow.param_groups[0]["global_exp_avg_sq"].isfinite()
+            assert shared_numbers(narrow)["global_exp_avg_sq"].isfinite()
 
 
 @pytest.mark.parametrize("options", IMPLEMENTATIONS)
@@ -157,8 +158,9 @@ def test_skipped_steps_leave_no_trace(options: dict[str, Any], scope: Any) -> No
                 optimizer.step()
             give_gradients(params, step)
             optimizer.step()
-        assert optimizer.param_groups[0]["skipped"] == 2 * len(bad_steps)
-        runs.append((params, [optimizer.state[p] for p in params], optimizer.param_groups[0]))
+        assert shared_numbers(optimizer)["skipped"] == 2 * len(bad_steps)
+        states = [{key: x for key, x in optimizer.state[p].items() if key != "skipped"} for p in params]
+        runs.append((params, states, shared_numbers(optimizer)))
     (params, states, group), (params_without, states_without, group_without) = runs
     torch.testing.assert_close(params, params_without, rtol=0, atol=0)
     torch.testing.assert_close(states, states_without, rtol=0, atol=0)
@@ -172,7 +174,7 @@ def test_nonfinite_gradients_propagate_by_default() -> None:
     params[2].grad[1] = math.nan
     optimizer.step()
     assert all(p.isnan().all() for p in params)
-    assert optimizer.param_groups[0]["skipped"] == 0
+    assert shared_numbers(optimizer)["skipped"] == 0
 
 
 def test_splitting_into_groups_changes_nothing() -> None:
@@ -200,21 +202,32 @@ def test_a_group_added_later_joins_the_average_of_its_b2() -> None:
     optimizer = Ada2MS(params[:2], betas=(0.9, 0.99))
     give_gradients(params, 0)
     optimizer.step()
+    for p in params[2:]:
+        p.grad = p.grad * 3
     optimizer.add_param_group({"params": params[2:3]})
     optimizer.add_param_group({"params": params[3:], "betas": (0.9, 0.9)})
-    first, joined, new = optimizer.param_groups
-    assert joined["global_exp_avg_sq"] == first["global_exp_avg_sq"] != 0
-    assert joined["global_exp_avg_sq"] is not first["global_exp_avg_sq"]
-    assert (int(joined["global_step"]), int(new["global_step"]), float(new["global_exp_avg_sq"])) == (1, 0, 0)
-    optimizer.step()
-    assert joined["global_exp_avg_sq"] == first["global_exp_avg_sq"]
+    before = float(shared_numbers(optimizer)["global_exp_avg_sq"])
+    optimizer.step()  # of the same gradients: the mean of g*g is that of every parameter
+    first, joined, new = (shared_numbers(optimizer, i) for i in range(3))
+    assert joined["global_exp_avg_sq"] is first["global_exp_avg_sq"]
+    assert joined["global_step"] is first["global_step"]
+    assert (int(joined["global_step"]), int(new["global_step"])) == (2, 2)
+    mean = float(torch.cat([p.grad.flatten() for p in params]).square().mean())
+    assert float(first["global_exp_avg_sq"]) == pytest.approx(0.99 * before + 0.01 * mean, rel=1e-6)
+    # s_hat = s/(1-b2^k) was the model's
+    assert float(new["global_exp_avg_sq"]) == pytest.approx(0.9 * before / 0.01 * 0.1 + 0.1 * mean, rel=1e-6)
 
 
 def test_s_has_the_precision_of_the_widest_parameter() -> None:
-    optimizer = Ada2MS([nn.Parameter(torch.ones(2))])
-    assert optimizer.param_groups[0]["global_exp_avg_sq"].dtype == torch.float32
-    optimizer.add_param_group({"params": [nn.Parameter(torch.ones(2, dtype=torch.float64))]})
-    assert [g["global_exp_avg_sq"].dtype for g in optimizer.param_groups] == [torch.float64] * 2
+    params = [nn.Parameter(torch.ones(2)), nn.Parameter(torch.ones(2, dtype=torch.float64))]
+    for p in params:
+        p.grad = torch.ones_like(p)
+    optimizer = Ada2MS(params[:1])
+    optimizer.step()
+    assert shared_numbers(optimizer)["global_exp_avg_sq"].dtype == torch.float32
+    optimizer.add_param_group({"params": params[1:]})
+    optimizer.step()
+    assert [shared_numbers(optimizer, i)["global_exp_avg_sq"].dtype for i in range(2)] == [torch.float64] * 2
 
 
 @pytest.mark.parametrize("n", [1023, 1024, 1025, 16 * 1024, 16 * 1024 + 1, 3_000_001])
@@ -225,7 +238,7 @@ def test_sum_of_squares_of_many(n: int) -> None:
     optimizer = Ada2MS([p], betas=(0.9, 0.0))
     optimizer.step()
     exact = p.grad.double().square().mean().item()
-    s = float(optimizer.param_groups[0]["global_exp_avg_sq"])
+    s = float(shared_numbers(optimizer)["global_exp_avg_sq"])
     assert abs(s - exact) <= 1e-6 * exact
 
 
@@ -340,7 +353,7 @@ def test_sparse_gradients_are_an_error() -> None:
     with pytest.raises(RuntimeError, match="Ada2MS does not support sparse gradients"):
         optimizer.step()
     assert torch.equal(p, torch.ones(3))
-    assert optimizer.param_groups[0]["global_step"] == 0
+    assert not optimizer.state
 
 
 @pytest.mark.parametrize(
@@ -380,10 +393,16 @@ def test_scope_and_nonfinite_are_the_optimizers() -> None:
 
 def test_parameters_may_move_after_construction() -> None:
     """A model on the meta device gets its storage after the optimizer was made."""
-    p = nn.Parameter(torch.ones(3, device="meta"))
-    optimizer = Ada2MS([p])
-    assert optimizer.param_groups[0]["global_exp_avg_sq"].device.type == "cpu"
-    assert optimizer.param_groups[0]["global_exp_avg_sq"] == 0
+    model = nn.Linear(3, 1, device="meta")
+    optimizer = Ada2MS(model.parameters())
+    model.to_empty(device="cpu")
+    for p in model.parameters():
+        nn.init.ones_(p)
+        p.grad = torch.ones_like(p)
+    optimizer.param_groups[0]["params"] = list(model.parameters())
+    optimizer.step()
+    assert shared_numbers(optimizer)["global_exp_avg_sq"].device.type == "cpu"
+    assert float(shared_numbers(optimizer)["global_exp_avg_sq"]) == pytest.approx(1e-3)
 
 
 def test_grad_scaler_around_the_step() -> None:
@@ -409,9 +428,9 @@ def test_grad_scaler_inside_the_step(capturable: bool) -> None:
         give_gradients(plain, step)
         reference.step()
     assert_same(params, plain, 0 if not capturable else 1e-6)  # scales are powers of 2; capturable rounds lr/(1-b1^t)
-    s, expected = (o.param_groups[0]["global_exp_avg_sq"] for o in (scaled, reference))
+    s, expected = (shared_numbers(o)["global_exp_avg_sq"] for o in (scaled, reference))
     torch.testing.assert_close(s, expected, rtol=1e-6, atol=0)
-    assert scaled.param_groups[0]["global_step"] == 2
+    assert shared_numbers(scaled)["global_step"] == 2
 
 
 def train_scaled(params: list[nn.Parameter], optimizer: Ada2MS) -> None:

@@ -5,6 +5,7 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
+from torch_support import shared_numbers
 
 from ada2ms import core
 from ada2ms.torch import Ada2MS
@@ -43,7 +44,8 @@ def train(compile_with: str | None, device: str, dtype: torch.dtype, **options: 
             group["lr"].fill_(0.1 / (i + 1))
         step()
     state = [optimizer.state[p][key] for p in params for key in ("step", "exp_avg", "exp_avg_sq")]
-    shared = [group[key] for group in optimizer.param_groups for key in ("global_exp_avg_sq", "global_step", "skipped")]
+    keys = ("global_exp_avg_sq", "global_step", "skipped")
+    shared = [shared_numbers(optimizer, i)[key] for i in range(2) for key in keys]
     return [*params, *state, *shared], torch._dynamo.utils.counters["stats"]["unique_graphs"]
 
 

@@ -19,6 +19,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+from torch_support import shared_numbers
 
 from ada2ms.torch import Ada2MS
 
@@ -238,8 +239,8 @@ def pipeline(rank: int, world: int) -> None:
                 if not any(p is x for x in mine):
                     p.copy_(q)
     assert_same(list(net.parameters()), [p.detach() for p in whole_net.parameters()])
-    assert optimizer.param_groups[0]["skipped"] == 1
-    assert optimizer.param_groups[0]["global_step"] == reference.param_groups[0]["global_step"] == STEPS
+    assert shared_numbers(optimizer)["skipped"] == 1
+    assert shared_numbers(optimizer)["global_step"] == shared_numbers(reference)["global_step"] == STEPS
     communicates(optimizer.step, 2)
     with pytest.raises(TypeError, match="neither copied nor pickled"):
         copy.deepcopy(optimizer)
@@ -266,6 +267,52 @@ def fsdp1(rank: int, world: int) -> None:
     train(net, optimizer, range(STEPS), rank, world)
     with FullyShardedDataParallel.summon_full_params(net):
         assert_same(list(net.parameters()), alone())
+    communicates(optimizer.step, 2)
+
+
+def flat_shards(rank: int, world: int) -> None:
+    """What DeepSpeed's ZeRO does to an optimizer: after construction the parameters of each group become one flat shard
+    of them, padded with zeros; groups are stepped one by one.
+    """
+    net, group = model(), dist.group.WORLD
+    params = list(net.parameters())
+    sizes = [p.numel() for p in params]
+    each = -(-sum(sizes) // world) + 1  # one zero at least
+    length = each * world
+
+    def shard(tensors: list[Tensor]) -> Tensor:
+        flat = torch.cat([x.detach().flatten() for x in tensors])
+        return torch.nn.functional.pad(flat, (0, length - flat.numel()))[rank * each : (rank + 1) * each].clone()
+
+    def replace(optimizer: Ada2MS) -> Tensor:
+        master = shard(params).requires_grad_()
+        optimizer.param_groups[0]["params"] = [master]
+        master.grad = torch.ones_like(master)
+        return master
+
+    optimizer = Ada2MS(params, **OPTIONS)
+    replace(optimizer)
+    with pytest.raises(ValueError, match=r"Invalid shard_group: None \(the parameters were replaced by flat shards"):
+        optimizer.step()
+    optimizer = Ada2MS([{"params": params[:2]}, {"params": params[2:]}], **OPTIONS, shard_group=group)
+    optimizer.param_groups.pop()
+    replace(optimizer)
+    with pytest.raises(ValueError, match=r"Invalid params: 2 groups .* there must be one group"):
+        optimizer.step()
+
+    optimizer = Ada2MS(params, **OPTIONS, shard_group=group)
+    master = replace(optimizer)
+    for step in range(STEPS):
+        net.zero_grad()
+        net(batch(step)).square().mean().backward()
+        master.grad = shard([p.grad for p in params if p.grad is not None])
+        optimizer.step()
+        parts = [torch.empty_like(master) for _ in range(world)]
+        dist.all_gather(parts, master.detach())
+        with torch.no_grad():
+            for p, x in zip(params, torch.cat(parts)[: sum(sizes)].split(sizes), strict=True):
+                p.copy_(x.view_as(p))
+    assert_same(params, alone())
     communicates(optimizer.step, 2)
 
 
@@ -303,7 +350,7 @@ def checkpoint(rank: int, world: int, flatten: bool, full_state: bool) -> None:
             kept = copy.deepcopy(states)
             if not full_state:
                 dcp.save({"model": states[0], "optimizer": states[1]}, checkpoint_id=folder[0])
-        assert optimizer.param_groups[0]["global_step"] == 2
+        assert shared_numbers(optimizer)["global_step"] == 2
         train(net, optimizer, range(2, STEPS), rank, world)
         trained.append(full(net))
     assert_same(trained[1], [p.detach() for p in trained[0]], bound=0)
@@ -362,6 +409,7 @@ SCENARIOS: dict[str, Callable[[int, int], None]] = {
     "pipeline of torch": scheduled_pipeline,
     "ZeroRedundancyOptimizer": zero_redundancy,
     "FullyShardedDataParallel": fsdp1,
+    "flat shards": flat_shards,
     "checkpoint": functools.partial(checkpoint, flatten=False, full_state=False),
     "checkpoint, flattened": functools.partial(checkpoint, flatten=True, full_state=False),
     "checkpoint, full, from rank 0": functools.partial(checkpoint, flatten=False, full_state=True),

@@ -9,6 +9,7 @@ import torch
 from ada2ms.core.schedules import AdaptivitySchedule
 from ada2ms.core.state import State, StateError
 from ada2ms.core.state_file import write_whole
+from ada2ms.torch import shared
 from ada2ms.torch.state import from_state_dict, tensor, to_state
 
 _OPTIMIZER: Final = ("optimizer", "optimizer_state_dict", "optimizer_states")
@@ -74,12 +75,14 @@ def write(state: State, path: Path) -> None:
             hyper["betas"] = hyper.pop("b1"), hyper.pop("b2")
         hyper |= {"params": list(range(start, start + len(group.params))), "param_names": list(group.params)}
         if state.has_global:
-            hyper |= {"scope": state.scope, "nonfinite": state.nonfinite, "skipped": torch.tensor(float(state.skipped))}
-            hyper["global_exp_avg_sq"] = torch.tensor(group.global_exp_avg_sq or 0.0, dtype=torch.float64)
-            hyper["global_step"] = torch.tensor(float(group.global_step))
+            hyper |= {"scope": state.scope, "nonfinite": state.nonfinite}
         groups.append(hyper)
         start += len(group.params)
-    content: dict[str, Any] = {"optimizer": {"state": to_state(entries, own_s=True), "param_groups": groups}}
+    states = to_state(entries, own_s=True)
+    if state.has_global:
+        for hyper, group in zip(groups, state.groups, strict=True):
+            shared.into_state_dict(hyper, states, (group.global_exp_avg_sq, group.global_step), state.skipped)
+    content: dict[str, Any] = {"optimizer": {"state": states, "param_groups": groups}}
     values = {name: tensor(entry.param) for name, entry in state.parameters.items() if entry.param is not None}
     if values:
         content["model"] = values

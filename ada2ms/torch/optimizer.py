@@ -1,28 +1,31 @@
 """The optimizer class: what torch.optim.AdamW has, over the rule of ada2ms.core.spec."""
 
-from collections.abc import Callable
+from collections import ChainMap
+from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, overload
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 from torch.optim.optimizer import (
     Optimizer,
     ParamsT,
     StateDict,
-    _device_dtype_check_for_fused,
     _use_grad_for_differentiable,
 )
 
 from ada2ms.core.hyperparameters import DEFAULT_NONFINITE, DEFAULT_SCOPE, DEFAULTS, Nonfinite, Scope, check
 from ada2ms.core.schedules import AdaptivitySchedule, from_dict
-from ada2ms.torch.reduction import entries, local, whole
+from ada2ms.torch import shared
+from ada2ms.torch.reduction import entries
+from ada2ms.torch.shared import SHARED, K, S, Tied, wide
 from ada2ms.torch.step import Batch, ada2ms
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
-_SHARED = ("global_exp_avg_sq", "global_step", "skipped")  # the state in each param_group: s, k, skipped steps
 _LATER = {  # what a state dict of an earlier version may lack
     "maximize": False,
     "foreach": None,
@@ -45,9 +48,10 @@ class Ada2MS(Optimizer):
     with AdamW's averages m and v, and s the average of the mean of g*g over the whole model. The rule, its source (the
     abstract of arXiv 2605.20533, in this project's reading) and the table of names are in `ada2ms.core.spec`.
 
-    State: per tensor `exp_avg`, `exp_avg_sq` (of the parameter's shape, in at least float32), `step`, and with scope
-    "tensor" `global_exp_avg_sq`; per parameter group `global_exp_avg_sq`, `global_step` and `skipped`, 0-d tensors in
-    `param_groups`, where every way of saving a state dict finds them.
+    State, in `state[p]` of each parameter that has had an update: `step`, `exp_avg` and `exp_avg_sq` (of the
+    parameter's shape, in at least float32), `global_exp_avg_sq` (s), `global_step` (k) and `skipped`. The last three
+    are one tensor for all parameters that share them: s and k for those whose groups have the same b2, `skipped` for
+    all; with scope "tensor" s is the parameter's own. `param_groups` have hyperparameters alone.
 
     Differs from AdamW: 16-bit parameters have float32 state, also after loading; a state dict holds a schedule from
     `ada2ms.core` as plain data and leaves out any other callable, in whose place the optimizer that loads keeps its
@@ -121,6 +125,9 @@ class Ada2MS(Optimizer):
         }
         if shard_group is not None and scope == "tensor":
             raise ValueError("Invalid shard_group: with scope 'tensor' no number is shared (shard_group must be None)")
+        self._tied: Tied | None = None
+        self._given: list[dict[int, int]] = []  # for each group as given, its parameters' sizes by their id
+        self._whole_size: int | None = None  # entries of the model, where the shards themselves do not say
         self._shard_group = shard_group  # not in defaults: it can neither be copied nor saved
         _check_group(defaults, defaults)
         super().__init__(params, defaults)
@@ -128,82 +135,127 @@ class Ada2MS(Optimizer):
             self._step_supports_amp_scaling = True  # GradScaler then leaves the scaling to step
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """As in torch; the group joins the average of an existing group with the same b2, or starts one of its own."""
-        if isinstance(param_group, dict):
+        """As in torch; the group joins the s and k of groups with the same b2, or takes the model's s_hat and k."""
+        if isinstance(param_group, dict):  # the caller's own dict stays as it is
+            param_group = {key: value for key, value in param_group.items() if key not in SHARED}
             _check_group({**self.defaults, **param_group}, self.defaults)
         super().add_param_group(param_group)
-        group, others = self.param_groups[-1], self.param_groups[:-1]
-        if self._shard_group is None and any(getattr(p, "_fsdp_flattened", False) for p in group["params"]):
+        try:
+            self._check_shards(self.param_groups[-1:])
+        except ValueError:
             self.param_groups.pop()
+            raise
+        self._given.append({id(p): entries(p) for p in self.param_groups[-1]["params"]})
+        self._tied = None
+
+    def _check_shards(self, groups: Sequence[dict[str, Any]]) -> int | None:
+        """Raises where parameters are shards that do not know of each other, and nobody else does.
+
+        Returns:
+            The number of entries of the whole model, if the groups' tensors are flat shards of it, which may be padded.
+        """
+        params = [p for group in groups for p in group["params"]]
+        if self._shard_group is None and any(getattr(p, "_fsdp_flattened", False) for p in params):
             raise ValueError(
                 "Invalid shard_group: None (the parameters are shards of FullyShardedDataParallel, which do not know "
                 "of each other: shard_group must be its process group; or use torch.distributed.fsdp.fully_shard)"
             )
-        like = next((other for other in others if _number(other["betas"][1]) == _number(group["betas"][1])), None)
-        for key in _SHARED:
-            if key not in group:
-                shared = others[0] if key == "skipped" and others else like
-                group[key] = torch.zeros((), dtype=_count_dtype()) if shared is None else shared[key].clone()
-        self._settle()
-
-    def _settle(self) -> None:
-        """Gives s of every group its precision and, with the counts, its device."""
-        params = [p for group in self.param_groups for p in group["params"]]
-        double = any(p.dtype in (torch.float64, torch.complex128) for p in params)
-        for group in self.param_groups:
-            s = group["global_exp_avg_sq"]
-            group["global_exp_avg_sq"] = s.to(torch.float64 if double else torch.float32)
-            self._place(group)
-
-    def _place(self, group: dict[str, Any]) -> None:
-        """Moves s beside the parameters, which may have moved, and the counts to where they belong."""
-        if group["params"] and not group["params"][0].is_meta:
-            device = group["params"][0].device
-            for key in _SHARED:
-                home = device if key == "global_exp_avg_sq" or _counts_on_device(group, device) else torch.device("cpu")
-                if group[key].device != home:
-                    group[key] = group[key].to(home)
+        given: dict[int, int] = dict(ChainMap(*self._given))
+        flat = params and all(type(p) is Tensor and p.ndim == 1 and id(p) not in given for p in params)
+        if not (flat and given and dist.is_available() and dist.is_initialized()):
+            return None
+        if self._shard_group is None and dist.get_world_size() > 1:
+            raise ValueError(
+                "Invalid shard_group: None (the parameters were replaced by flat shards, as by DeepSpeed's ZeRO, which "
+                "do not know of each other: shard_group must be their process group; or use "
+                "torch.distributed.fsdp.fully_shard)"
+            )
+        if len(self._given) > 1:
+            raise ValueError(
+                f"Invalid params: {len(self._given)} groups (flat shards of DeepSpeed's ZeRO are updated one group "
+                "after the other, without the others' gradients: there must be one group; or use "
+                "torch.distributed.fsdp.fully_shard)"
+            )
+        return sum(given.values())
 
     def _init_group(
         self,
-        group: dict[str, Any],
         params: list[Tensor],
         grads: list[Tensor],
         exp_avgs: list[Tensor],
         exp_avg_sqs: list[Tensor],
         steps: list[Tensor],
-        global_exp_avg_sqs: list[Tensor],
+        averages: list[Tensor],
         counts: list[Tensor],
+        sizes: list[int],
+        pairs: list[int],
     ) -> None:
-        """Fills the lists, and makes the state that is not there yet. (torch.compile calls it as Python.)"""
-        self._place(group)
-        for p in group["params"]:
-            if p.grad is None:
-                continue
-            if p.grad.layout != torch.strided:
-                raise RuntimeError("Ada2MS does not support sparse gradients")
-            state = self.state[p]
-            if len(state) == 0:
-                if group["fused"] and p.is_meta:
-                    _device_dtype_check_for_fused(p)  # raises
-                on_device = _counts_on_device(group, p.device)
-                dtype = _count_dtype(group["fused"])
-                state["step"] = torch.zeros((), dtype=dtype, device=p.device if on_device else "cpu")
-                state["exp_avg"] = torch.zeros_like(p, dtype=wide(p.dtype), memory_format=torch.preserve_format)
-                state["exp_avg_sq"] = torch.zeros_like(p, dtype=wide(p.dtype), memory_format=torch.preserve_format)
-                if group["scope"] == "tensor":
-                    dtype = group["global_exp_avg_sq"].dtype
-                    state["global_exp_avg_sq"] = torch.zeros((), dtype=dtype, device=p.device)
-            params.append(p)
-            grads.append(p.grad)
-            exp_avgs.append(state["exp_avg"])
-            exp_avg_sqs.append(state["exp_avg_sq"])
-            steps.append(state["step"])
-            if group["scope"] == "tensor":
-                global_exp_avg_sqs.append(state["global_exp_avg_sq"])
-        if group["scope"] == "model":
-            global_exp_avg_sqs.append(group["global_exp_avg_sq"])
-        counts.extend([group["global_step"], group["skipped"]])
+        """Fills the lists with what has a gradient, of all groups, and makes the state that is not there yet.
+
+        `averages` are s, with scope "model" of each pair of (s, k), with scope "tensor" of each parameter; `counts` the
+        k of each pair, and the number of skipped steps; `sizes` the number of parameters of each group, and `pairs` the
+        index of its pair. (torch.compile runs a method of this name as it is, and traces nothing in it.)
+        """
+        settled = False
+        lists: tuple[list[Any], ...] = (params, grads, exp_avgs, exp_avg_sqs, steps, averages, sizes)
+        with suppress(KeyError):
+            settled = self._collect(*lists)
+        if not settled:
+            for some in lists:
+                some.clear()
+            self._whole_size = self._check_shards(self.param_groups)
+            moves = self._shard_group is not None or any(
+                p.grad is not None for group in self.param_groups for p in group["params"]
+            )
+            self._tied = shared.tie(self.param_groups, self.state, self._tied, moves=moves)
+            self._collect(*lists)
+        tied = self._tied
+        assert tied is not None
+        averages.extend(s for s, _ in tied.pairs if s is not None)
+        counts.extend([*(k for _, k in tied.pairs), tied.skipped])
+        pairs.extend(tied.of_group)
+
+    def _collect(
+        self,
+        params: list[Tensor],
+        grads: list[Tensor],
+        exp_avgs: list[Tensor],
+        exp_avg_sqs: list[Tensor],
+        steps: list[Tensor],
+        averages: list[Tensor],
+        sizes: list[int],
+    ) -> bool:
+        """Fills the lists; false, or KeyError, as soon as something is not as it was tied."""
+        tied = self._tied
+        if tied is None or len(tied.signatures) != len(self.param_groups):
+            return False
+        model, states, strided, types = tied.scope == "model", self.state, torch.strided, shared.WIDE
+        for group, signature, pair in zip(self.param_groups, tied.signatures, tied.of_group, strict=True):
+            if shared.signature(group) != signature:
+                return False
+            (s, k), before = tied.pairs[pair], len(params)
+            for p in group["params"]:
+                g = p.grad
+                if g is None:
+                    continue
+                if g.layout is not strided:
+                    raise RuntimeError("Ada2MS does not support sparse gradients")
+                state = states[p]
+                if state[K] is not k:
+                    return False
+                exp_avg: Tensor = state["exp_avg"]
+                own: Any = state[S]
+                if exp_avg.dtype is not types[p.dtype] or (own is not s and (model or not isinstance(own, Tensor))):
+                    return False
+                params.append(p)
+                grads.append(g)
+                exp_avgs.append(exp_avg)
+                exp_avg_sqs.append(state["exp_avg_sq"])
+                steps.append(state["step"])
+                if not model:
+                    averages.append(state[S])
+            sizes.append(len(params) - before)
+        return True
 
     @overload
     def step(self, closure: None = None) -> None: ...
@@ -227,21 +279,44 @@ class Ada2MS(Optimizer):
             with torch.enable_grad():
                 loss = closure()
 
-        batches = []
-        for group in self.param_groups:
-            batch = Batch(group)
-            self._init_group(
+        params: list[Tensor] = []
+        grads: list[Tensor] = []
+        exp_avgs: list[Tensor] = []
+        exp_avg_sqs: list[Tensor] = []
+        steps: list[Tensor] = []
+        averages: list[Tensor] = []
+        counts: list[Tensor] = []
+        sizes: list[int] = []
+        pairs: list[int] = []
+        self._init_group(params, grads, exp_avgs, exp_avg_sqs, steps, averages, counts, sizes, pairs)
+        batches: list[Batch] = []
+        start = 0
+        for group, size, pair in zip(self.param_groups, sizes, pairs, strict=True):
+            end = start + size
+            some = averages[pair : pair + 1] if group["scope"] == "model" else averages[start:end]
+            batch = Batch(
                 group,
-                batch.params,
-                batch.grads,
-                batch.exp_avgs,
-                batch.exp_avg_sqs,
-                batch.steps,
-                batch.global_exp_avg_sqs,
-                batch.counts,
+                params[start:end],
+                grads[start:end],
+                exp_avgs[start:end],
+                exp_avg_sqs[start:end],
+                steps[start:end],
+                some,
+                counts[pair],
+                pair,
+                leads=pair not in pairs[: len(batches)],
             )
             batches.append(batch)
-        ada2ms(batches, getattr(self, "grad_scale", None), getattr(self, "found_inf", None), self._shard_group)
+            start = end
+        ada2ms(
+            batches,
+            averages,
+            counts[-1],
+            getattr(self, "grad_scale", None),
+            getattr(self, "found_inf", None),
+            self._shard_group,
+            self._whole_size,
+        )
         return loss
 
     def _health_check(self) -> None:
@@ -276,22 +351,24 @@ class Ada2MS(Optimizer):
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         self.__dict__.setdefault("_shard_group", None)
+        self.__dict__.setdefault("_whole_size", None)
+        self.__dict__.setdefault("_given", [])
         for group in self.param_groups:
             for key, value in _LATER.items():
                 group.setdefault(key, value)
-            for key in _SHARED:
-                group[key] = torch.as_tensor(group.get(key, 0.0), dtype=None if key in group else _count_dtype())
+            _from_group(group, self.state)
             for p in group["params"]:
                 for key, value in self.state.get(p, {}).items():
                     if isinstance(value, _Kept):
-                        dtype = wide(p.dtype) if key.startswith("exp_avg") else value.tensor.dtype
+                        dtype = wide(p.dtype) if key in ("exp_avg", "exp_avg_sq") else value.tensor.dtype
                         self.state[p][key] = value.tensor.to(p.device, dtype)
                     elif key == "step":
-                        device = p.device if _counts_on_device(group, p.device) else "cpu"
-                        self.state[p][key] = torch.as_tensor(value, dtype=_count_dtype(group["fused"]), device=device)
+                        device = p.device if shared.counts_on_device(group, p.device) else "cpu"
+                        self.state[p][key] = shared.count(value, shared.count_dtype(group["fused"]), device)
             if group["fused"]:
                 self._step_supports_amp_scaling = True
-        self._settle()
+        self._tied = None  # what was loaded may belong to someone else, too
+        self._tied = shared.tie(self.param_groups, self.state, None, moves=False)
 
 
 @dataclass(frozen=True)
@@ -307,57 +384,35 @@ def _translate(optimizer: Optimizer, state_dict: StateDict) -> StateDict:
     if len(groups) != len(optimizer.param_groups):
         return state_dict  # torch raises
     for group, own in zip(groups, optimizer.param_groups, strict=True):
-        for key in own.keys() - group.keys() - {"params", "param_names", *_SHARED}:
+        for key in own.keys() - group.keys() - {"params", "param_names"}:
             group[key] = own[key]
         if group["adaptivity"] is None:
             group["adaptivity"] = own["adaptivity"]
         elif isinstance(group["adaptivity"], dict):
             group["adaptivity"] = from_dict(group["adaptivity"])
-    state = {pid: dict(values) for pid, values in state_dict["state"].items() if isinstance(values, dict)}
-    _warm_start(groups, state)
-    for values in state.values():
-        values.update({key: _Kept(x) for key, x in values.items() if isinstance(x, Tensor) and key != "step"})
-    return {**state_dict, "state": {**state_dict["state"], **state}, "param_groups": groups}
+    state = dict(state_dict["state"])
+    for pid in (pid for group in groups for pid in group["params"]):
+        if isinstance(state.get(pid), dict):
+            state[pid] = {k: _Kept(x) if isinstance(x, Tensor) and k != "step" else x for k, x in state[pid].items()}
+    return {**state_dict, "state": state, "param_groups": groups}
 
 
-def _warm_start(groups: list[dict[str, Any]], state: dict[Any, dict[str, Any]]) -> None:
-    """Where a state dict has v but no s, as AdamW's: s = mean(v), of as many steps as any tensor has had."""
-    started = [values for values in state.values() if "exp_avg_sq" in values]
-    if not started:
+def _from_group(group: dict[str, Any], state: Any) -> None:
+    """Moves s, k and the skipped steps from a group, where an earlier version had them, to the group's parameters."""
+    found = {key: group.pop(key) for key in SHARED if key in group}
+    if K not in found:
         return
-    v = [values["exp_avg_sq"] for values in started]
-    if groups[0]["scope"] == "tensor":
-        for values, x in zip(started, v, strict=True):
-            values.setdefault("global_exp_avg_sq", _mean([x]))
-    for group in groups:
-        if "global_exp_avg_sq" not in group:
-            group["global_exp_avg_sq"] = _mean(v)
-            group["global_step"] = torch.tensor(max(float(values["step"]) for values in started))
-
-
-def _mean(tensors: list[Tensor]) -> Tensor:
-    dtype = max((wide(local(x).dtype) for x in tensors), key=lambda dtype: dtype.itemsize)
-    sums = torch.stack([local(x).sum(dtype=dtype).to(tensors[0].device) for x in tensors])
-    return whole(sums, tensors, each=False) / max(sum(map(entries, tensors)), 1)
-
-
-def wide(dtype: torch.dtype) -> torch.dtype:
-    """At least float32: b2 = 0.999 does not move an average in 16 bits."""
-    return torch.promote_types(dtype, torch.float32)
-
-
-def _count_dtype(fused: bool | None = False) -> torch.dtype:
-    """As torch's own `step`."""
-    return torch.float64 if torch.get_default_dtype() == torch.float64 and not fused else torch.float32
-
-
-def _counts_on_device(group: dict[str, Any], device: torch.device) -> bool:
-    """Whether the counts live beside the parameters, so that nothing waits for them; else on the CPU, as in torch."""
-    return bool(group["capturable"] or group["fused"]) or (group["nonfinite"] == "skip" and device.type != "cpu")
-
-
-def _number(value: Any) -> Any:
-    return value.detach().item() if isinstance(value, Tensor) and value.numel() == 1 else value
+    started = [p for p in group["params"] if "exp_avg" in state.get(p, ())]
+    if not started and group["params"] and float(found[K]) > 0:
+        started = [min(group["params"], key=lambda p: p.numel())]  # which gets the rest of its state when it is tied
+    for p in started:
+        values = state[p]
+        if K in values:
+            continue
+        if S in values or group["scope"] == "tensor":  # the group's s is nobody's
+            values.update({key: x for key, x in found.items() if key != S})
+        else:
+            values.update(found)
 
 
 def _check_group(options: dict[str, Any], optimizer: dict[str, Any]) -> None:
@@ -387,7 +442,7 @@ def _check_group(options: dict[str, Any], optimizer: dict[str, Any]) -> None:
         ("scope", "scope", options["scope"]),
         ("nonfinite", "nonfinite", options["nonfinite"]),
     ):
-        check(field, _number(value), argument, schedule=None if field == "adaptivity" else False)
+        check(field, shared.number(value), argument, schedule=None if field == "adaptivity" else False)
     for name in ("scope", "nonfinite"):
         if options[name] != optimizer[name]:
             raise ValueError(f"Invalid {name}: {options[name]!r} (must be the optimizer's, {optimizer[name]!r})")

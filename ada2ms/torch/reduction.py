@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 _ROW, _ROWS = 1024, 16  # what is summed at once; in how many of these it is not worth while
-_PLAIN = (Tensor, torch.nn.Parameter)
+_PLAIN = {Tensor, torch.nn.Parameter}
+_COMPLEX = {torch.complex32, torch.complex64, torch.complex128}
 
 
 def _is_sharded(tensor: Tensor) -> bool:
@@ -17,9 +18,9 @@ def _is_sharded(tensor: Tensor) -> bool:
     return type(tensor) not in _PLAIN and hasattr(tensor, "device_mesh")
 
 
-def is_plain(tensor: Tensor) -> bool:
-    """Whether it is whole and real, so that `local` would give it back."""
-    return type(tensor) in _PLAIN and not tensor.is_complex()
+def are_plain(tensors: Sequence[Tensor]) -> bool:
+    """Whether they are whole and real, so that `local` would give them back."""
+    return set(map(type, tensors)) <= _PLAIN and _COMPLEX.isdisjoint({x.dtype for x in tensors})
 
 
 def local(tensor: Any, like: Any = None) -> Tensor:

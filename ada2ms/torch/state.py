@@ -22,7 +22,9 @@ from ada2ms.core.state import (
     outward,
     plain_hyperparameters,
 )
-from ada2ms.torch.optimizer import Ada2MS, wide
+from ada2ms.torch import shared
+from ada2ms.torch.optimizer import Ada2MS
+from ada2ms.torch.shared import wide
 
 Model = nn.Module | Mapping[str, Tensor]
 _SLOTS = {"step", "exp_avg", "exp_avg_sq"}  # what Ada2MS, AdamW and Adam keep of a parameter
@@ -77,11 +79,12 @@ def from_state_dict(
         StateError: listing every parameter of which it has another state, or none.
     """
     entries, groups, problems = {}, [], []
-    for given, own in zip(state_dict["param_groups"], called, strict=True):
+    pairs, skipped = shared.of_state_dict(state_dict)
+    for given, own, pair in zip(state_dict["param_groups"], called, pairs, strict=True):
         for name, index in zip(own, given["params"], strict=True):
             state = state_dict["state"].get(index, {})
             value = params.get(name)
-            if state and not _SLOTS <= set(state) <= {*_SLOTS, "global_exp_avg_sq"}:
+            if state and not _SLOTS <= set(state) <= {*_SLOTS, *shared.SHARED}:
                 problems.append(f"{name!r} has {sorted(state)} (must be of Ada2MS, AdamW or Adam, and without amsgrad)")
                 continue
             if value is None and not state:
@@ -101,12 +104,8 @@ def from_state_dict(
             del hyper["weight_decay"]  # Adam's, which is a part of the gradient, has no place in the rule
         if isinstance(hyper.get("adaptivity"), dict):
             hyper["adaptivity"] = from_dict(hyper["adaptivity"])
-        group = Group(list(own), plain_hyperparameters(hyper))
-        if "global_step" in given:
-            group.global_step = int(given["global_step"])
-            if given["scope"] == "model":
-                group.global_exp_avg_sq = float(given["global_exp_avg_sq"])
-        groups.append(group)
+        s, k = pair or (None, 0)
+        groups.append(Group(list(own), plain_hyperparameters(hyper), s, k))
     if problems:
         raise StateError("The state cannot be exported", problems)
     entries, renamed = outward(entries, names, axes, params)
@@ -114,7 +113,7 @@ def from_state_dict(
         group.params = [renamed[name] for name in group.params]
     first = state_dict["param_groups"][0] if state_dict["param_groups"] else {}
     choices = {name: first[name] for name in ("scope", "nonfinite") if name in first}
-    return State(entries, groups, **choices, skipped=int(first.get("skipped", 0)))
+    return State(entries, groups, **choices, skipped=skipped)
 
 
 def import_state(
@@ -168,10 +167,9 @@ def import_state(
     state_dict = optimizer.state_dict()
     params = [p for group in optimizer.param_groups for p in group["params"]]
     state_dict["state"] = to_state([fitted.entries[called[p]] for p in params], own_s=ours)
-    for given, (s, k) in zip(state_dict["param_groups"], fitted.groups, strict=True):
+    for given, pair in zip(state_dict["param_groups"], fitted.groups, strict=True):
         if ours:
-            shared = {"global_exp_avg_sq": s or 0.0, "global_step": k, "skipped": fitted.skipped}
-            given.update({key: torch.tensor(float(x), dtype=given[key].dtype) for key, x in shared.items()})
+            shared.into_state_dict(given, state_dict["state"], pair, fitted.skipped)
     optimizer.load_state_dict(state_dict)
     with torch.no_grad():
         for p, name in called.items():
@@ -186,13 +184,12 @@ def to_state(entries: Sequence[Entry], *, own_s: bool) -> dict[int, dict[str, Te
     for index, entry in enumerate(entries):
         if entry.step:
             state[index] = {
-                "step": torch.tensor(float(entry.step)),
+                "step": torch.tensor(float(entry.step), dtype=torch.float32),
                 "exp_avg": tensor(entry.exp_avg),
                 "exp_avg_sq": tensor(entry.exp_avg_sq),
             }
             if own_s and entry.global_exp_avg_sq is not None:
-                s = torch.tensor(entry.global_exp_avg_sq, dtype=state[index]["exp_avg_sq"].dtype.to_real())
-                state[index]["global_exp_avg_sq"] = s
+                state[index][shared.S] = torch.tensor(entry.global_exp_avg_sq, dtype=torch.float64)
     return state
 
 
