@@ -32,8 +32,12 @@ STAMP = VENV / "up-to-date"
 KERAS_BACKENDS = ("tensorflow", "jax", "torch")
 LABEL = 18  # the width of the labels
 TESTS = {  # the files of tests that belong to one framework; all others are for none or for several
-    name: sorted(str(path.relative_to(ROOT)) for path in (ROOT / "tests").glob(f"test_{name}*.py"))
-    for name in ("torch", "jax", "keras")
+    name: sorted(str(path.relative_to(ROOT)) for pattern in patterns for path in (ROOT / "tests").glob(pattern))
+    for name, patterns in {
+        "torch": ("test_torch*.py", "test_compare.py"),
+        "jax": ("test_jax*.py",),
+        "keras": ("test_keras*.py",),
+    }.items()
 }
 
 
@@ -71,6 +75,8 @@ def run(job: Job, shared: str) -> bool:
     print(label, f"KERAS_BACKEND={job.keras_backend} python -m {' '.join(job.command)}", flush=True)
     environment = {**os.environ, "KERAS_BACKEND": job.keras_backend, "TF_CPP_MIN_LOG_LEVEL": "2"}
     environment["SHARED_TRAJECTORIES"] = shared  # see tests/test_trajectories.py
+    environment["JAX_COMPILATION_CACHE_DIR"] = os.path.join(shared, "jax")  # what several tests compile, once for all
+    environment["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
     environment["PATH"] = os.pathsep.join([str(PYTHON.parent), environment.get("PATH", "")])  # for ninja
     start = time.monotonic()
     command = [PYTHON, "-m", *job.command]
@@ -108,12 +114,13 @@ def pytest(label: str, marks: str, *arguments: str, keras_backend: str = "tensor
 
 def lanes(marks: str) -> list[Job]:
     """Every test with these marks once, and those that use Keras once for each of its backends."""
-    others = [f"--ignore={path}" for paths in TESTS.values() for path in paths]
+    own = [f"--ignore={path}" for name in ("torch", "jax") for path in TESTS[name]]
+    others = [*own, *(f"--ignore={path}" for path in TESTS["keras"])]
     return [  # the first leaves trajectories that those of Keras take up
         pytest("several", f"not keras and {marks}", *others),
         pytest("JAX", f"not keras and {marks}", *TESTS["jax"]),
         pytest("PyTorch", f"not keras and {marks}", *TESTS["torch"]),
-        *(pytest(f"Keras on {name}", f"keras and {marks}", keras_backend=name) for name in KERAS_BACKENDS),
+        *(pytest(f"Keras on {name}", f"keras and {marks}", *own, keras_backend=name) for name in KERAS_BACKENDS),
     ]
 
 

@@ -17,13 +17,13 @@ with suppress(ImportError):
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """No test may be in none of the processes that dev.py starts."""
+    """Every test is run by one of the processes that dev.py starts, which divides them by files and marks."""
     for item in items:
-        of_keras = item.path.name.startswith("test_keras")
-        if of_keras and not (item.get_closest_marker("keras") or item.get_closest_marker("slow")):
-            raise pytest.UsageError(
-                f"{item.nodeid} must be marked keras or slow: `python dev.py test` would not run it"
-            )
+        name, marks = item.path.name, {mark.name for mark in item.iter_markers()}
+        if name.startswith("test_keras") and marks.isdisjoint({"keras", "slow"}):
+            raise pytest.UsageError(f"{item.nodeid}: `python dev.py test` would not run it; mark it keras or slow")
+        if name.startswith(("test_torch", "test_compare", "test_jax")) and "keras" in marks:
+            raise pytest.UsageError(f"{item.nodeid}: `python dev.py test` would not run it; keras is for other files")
 
 
 @pytest.fixture(autouse=True)

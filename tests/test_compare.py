@@ -231,6 +231,11 @@ def test_cifar(layout: str, classes: int, sizes: int, tmp_path: Path) -> None:
     assert np.corrcoef(picture[1].ravel(), found.train[0][3, 1].ravel())[0, 1] == pytest.approx(1)
     again = data.load_cifar(tmp_path / layout)
     assert np.array_equal(found.test[0], again.test[0])
+
+
+@pytest.mark.parametrize("layout", ["cifar-10-batches-py", pytest.param("cifar-100-python", marks=pytest.mark.slow)])
+def test_a_comparison_on_cifar(layout: str, tmp_path: Path) -> None:
+    write_cifar(tmp_path, layout, np.random.default_rng(0))
     out = tmp_path / "out"
     options = ["--smoke", "--cifar", str(tmp_path), "--tasks", "cifar, conv", "--optimizers", "adamw", "--workers", "1"]
     assert main(["compare", *options, "--out", str(out)]) == 0

@@ -30,7 +30,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
 KINDS = pytest.mark.parametrize(
     ("dtype", "options"),
     [
-        pytest.param(dtype, options, id=f"{dtype}, {options}")
+        pytest.param(dtype, options, id=f"{dtype}, {options}", marks=[pytest.mark.slow] if dtype == "float32" else [])
         for dtype, options in (("float64", "half-way"), ("float32", "half-way"), ("float64", "transition, tensor"))
     ],
 )
@@ -159,7 +159,6 @@ def test_a_state_that_does_not_fit_changes_nothing(framework: str) -> None:
     assert before.groups == after.groups
 
 
-@pytest.mark.keras
 def test_the_demo_hands_over(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     arguments = ["--steps", "9", "--out", str(tmp_path), "--frameworks", "torch", "jax", "--handoff", "--json"]
     assert main(["demo", *arguments]) == 0

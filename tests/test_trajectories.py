@@ -18,7 +18,8 @@ from ada2ms.core import golden
 from ada2ms.demo import digits
 from ada2ms.demo.digits import Array
 from ada2ms.demo.run import deviation
-from support import EPSILON, REPLAYS, check, has_one_group, needs_compiler, place, require_device, settings
+from replays import REPLAYS
+from support import EPSILON, check, has_one_group, needs_compiler, place, require_device, settings
 
 CASES = golden.load()
 # Keras says where a gradient is missing, which the cases mean.
@@ -69,6 +70,7 @@ STEPS = 200
 LEARNING_RATE, SGD_LEARNING_RATE = 2.0**-7, 2.0**-4  # exact in float32, in which Keras keeps them
 FRAMEWORKS = ("torch", "jax", "keras")
 NETWORKS = {"convnet": digits.CONVNET, "mlp": digits.MLP}
+EACH_NETWORK = ["convnet", pytest.param("mlp", marks=pytest.mark.slow)]  # the convnet ends in a dense layer too
 OPTIMIZERS: dict[str, dict[str, Any]] = {
     "adamw-like": {"adaptivity": 1.0},
     "half-way": {"adaptivity": 0.5},
@@ -158,7 +160,7 @@ PAIRS = [marked(*pair) for pair in combinations(FRAMEWORKS, 2)]
 
 
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
-@pytest.mark.parametrize("network", NETWORKS)
+@pytest.mark.parametrize("network", EACH_NETWORK)
 @pytest.mark.parametrize(("left", "right"), PAIRS)
 def test_closed_loop_float64(left: str, right: str, network: str, optimizer: str) -> None:
     """450 epsilons, at every step. Sums in another order cost about one epsilon of the gradient a step; in these loops
@@ -167,7 +169,7 @@ def test_closed_loop_float64(left: str, right: str, network: str, optimizer: str
 
 
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
-@pytest.mark.parametrize("network", NETWORKS)
+@pytest.mark.parametrize("network", EACH_NETWORK)
 @pytest.mark.parametrize(("left", "right"), PAIRS)
 def test_closed_loop_float32(left: str, right: str, network: str, optimizer: str) -> None:
     """What the frameworks' own momentum SGD parts by in the same loop measures the rounding of their gradients. Ada2MS

@@ -11,13 +11,20 @@ from ada2ms.tf import export_state, import_state, plain_layers
 
 
 def network(weights: list[Array]) -> keras.Model:
-    """Convolutions, then dense layers, of the given weights."""
+    """Convolutions, then dense layers, of the given weights.
+
+    They replace zeros, since JAX takes seconds to compile what draws random numbers.
+    """
     kernels = weights[::2]
     dtype = str(kernels[0].dtype)
     layers: list[keras.Layer] = [keras.Input((8, 8, 1), dtype=dtype)]
     for i, kernel in enumerate(kernels):
         if kernel.ndim == 4:
-            layers.append(keras.layers.Conv2D(kernel.shape[-1], 3, padding="same", activation="silu", dtype=dtype))
+            layers.append(
+                keras.layers.Conv2D(
+                    kernel.shape[-1], 3, padding="same", activation="silu", kernel_initializer="zeros", dtype=dtype
+                )
+            )
             layers.append(keras.layers.AveragePooling2D(2, dtype=dtype))
         else:
             if i == 0 or kernels[i - 1].ndim == 4:
@@ -25,7 +32,12 @@ def network(weights: list[Array]) -> keras.Model:
             activation = "silu" if kernel is not kernels[-1] else None
             # Not Dense, which on torch multiplies float64 in float32, up to Keras 3.15 at least.
             dense = keras.layers.EinsumDense(
-                "bi,io->bo", kernel.shape[-1], bias_axes="o", activation=activation, dtype=dtype
+                "bi,io->bo",
+                kernel.shape[-1],
+                bias_axes="o",
+                activation=activation,
+                kernel_initializer="zeros",
+                dtype=dtype,
             )
             layers.append(dense)
     model = keras.Sequential(layers)

@@ -1,0 +1,250 @@
+"""Every backend behind one face: runs golden cases, and shows what came of them."""
+
+from collections.abc import Callable, Iterator
+from functools import cache
+from typing import Any
+
+import numpy as np
+
+from ada2ms import core
+from ada2ms.core import golden
+from support import (
+    Array,
+    Snapshot,
+    has_one_group,
+    hyperparameters,
+    of_group,
+    only_group,
+    place,
+    recorded,
+    require_device,
+    settings,
+)
+
+# Runs a case in a dtype on a device; yields a snapshot after each recorded step, and None after the steps between.
+Replay = Callable[[golden.Case, str, str], Iterator[Snapshot | None]]
+
+
+def replay_numpy(case: golden.Case, dtype: str, device: str) -> Iterator[Snapshot | None]:
+    groups = [{"params": [p.astype(dtype) for p in g.params], **hyperparameters(g)} for g in case.groups]
+    optimizer = core.Ada2MS(groups, scope=case.scope, nonfinite=case.nonfinite)
+
+    def snapshot() -> Snapshot:
+        return Snapshot(
+            *(
+                [x.astype(np.float64) for g in optimizer.groups for x in getattr(g, n)]
+                for n in ("params", "exp_avg", "exp_avg_sq")
+            ),
+            step=[t for g in optimizer.groups for t in g.step],
+            s=[s for g in optimizer.groups for s in g.global_exp_avg_sq],
+            k=[g.global_step for g in optimizer.groups],
+            skipped=optimizer.skipped,
+        )
+
+    for i, gradients in enumerate(case.gradients):
+        for group, given in zip(optimizer.groups, case.groups, strict=True):
+            group.hyper = core.Hyperparameters(lr=given.lr[i], **hyperparameters(given))
+        optimizer.step([None if g is None else g.astype(dtype) for g in gradients])
+        yield snapshot() if i + 1 in recorded(case) else None
+
+
+def torch_replay(**options: Any) -> Replay:
+    def replay(case: golden.Case, dtype: str, device: str) -> Iterator[Snapshot | None]:
+        import torch
+
+        from ada2ms.torch import Ada2MS
+
+        require_device("torch", device)
+        kind = {"dtype": getattr(torch, dtype), "device": place("torch", device)}
+        groups = []
+        for given in case.groups:
+            hyper = hyperparameters(given)
+            betas = (hyper.pop("b1"), hyper.pop("b2"))
+            groups.append(
+                {"params": [torch.tensor(p, **kind).requires_grad_() for p in given.params], "betas": betas, **hyper}
+            )
+        optimizer = Ada2MS(groups, scope=case.scope, nonfinite=case.nonfinite, **options)
+        params = [p for group in optimizer.param_groups for p in group["params"]]
+
+        def slot(name: str) -> list[Array]:  # made at a parameter's first update
+            states = [optimizer.state.get(p, {}) for p in params]
+            return [
+                x[name].double().cpu().numpy() if name in x else np.zeros(p.shape)
+                for p, x in zip(params, states, strict=True)
+            ]
+
+        def snapshot() -> Snapshot:
+            model = case.scope == "model"
+            return Snapshot(
+                [p.detach().double().cpu().numpy() for p in params],
+                slot("exp_avg"),
+                slot("exp_avg_sq"),
+                step=[int(optimizer.state.get(p, {}).get("step", 0)) for p in params],
+                s=[float(of_group(optimizer, g).get("global_exp_avg_sq", 0)) for g in optimizer.param_groups]
+                if model
+                else [float(optimizer.state.get(p, {}).get("global_exp_avg_sq", 0)) for p in params],
+                k=[int(of_group(optimizer, g).get("global_step", 0)) for g in optimizer.param_groups],
+                skipped=int(of_group(optimizer, optimizer.param_groups[0]).get("skipped", 0)),
+            )
+
+        for i, gradients in enumerate(case.gradients):
+            for group, given in zip(optimizer.param_groups, case.groups, strict=True):
+                group["lr"] = given.lr[i]
+            for p, g in zip(params, gradients, strict=True):
+                p.grad = None if g is None else torch.tensor(g, **kind)
+            optimizer.step()
+            yield snapshot() if i + 1 in recorded(case) else None
+
+    return replay
+
+
+def replay_keras(case: golden.Case, dtype: str, device: str) -> Iterator[Snapshot | None]:
+    import keras
+
+    from ada2ms.tf import Ada2MS
+
+    hyper = only_group(case)
+    names = {"b1": "beta_1", "b2": "beta_2", "eps": "epsilon"}
+    model = case.scope == "model"
+    with settings("keras", dtype, device):
+        variables = [keras.Variable(p, dtype=dtype) for group in case.groups for p in group.params]
+        optimizer = Ada2MS(
+            case.groups[0].lr[0],
+            **{names.get(name, name): value for name, value in hyper.items()},
+            scope=case.scope,
+            nonfinite=case.nonfinite,
+        )
+        optimizer.build(variables)
+
+        # A thousand small steps one operation at a time take ten seconds; and so the long cases see compiled code.
+        apply = keras_compiled(optimizer, variables) if len(case.gradients) > 100 else optimizer.apply
+
+        def numpy(x: Any) -> Array:
+            return np.asarray(keras.ops.convert_to_numpy(x), np.float64)
+
+        def snapshot() -> Snapshot:
+            slots = {v.path.rpartition("/")[2]: v for v in optimizer.variables}
+            return Snapshot(
+                [numpy(v) for v in variables],
+                [numpy(v) for v in optimizer._momentums],
+                [numpy(v) for v in optimizer._velocities],
+                step=[int(t) for t in numpy(slots["steps"])],
+                s=[float(numpy(slots["global_velocity"]))] * len(case.groups)
+                if model
+                else [float(s) for s in numpy(slots["global_velocity"])],
+                k=[int(numpy(slots["global_step"]))] * len(case.groups),
+                skipped=int(numpy(slots["skipped"])),
+            )
+
+        for i, gradients in enumerate(case.gradients):
+            optimizer.learning_rate = case.groups[0].lr[i]
+            if any(g is not None for g in gradients):  # Keras raises when there is none at all
+                tensors = [None if g is None else keras.ops.convert_to_tensor(g.astype(dtype)) for g in gradients]
+                apply(tensors, variables)
+            yield snapshot() if i + 1 in recorded(case) else None
+
+
+def keras_compiled(optimizer: Any, variables: list[Any]) -> Callable[[list[Any], list[Any]], None]:
+    """`optimizer.apply`, compiled as `fit` compiles it on the Keras backend in use; on torch, as it is."""
+    import keras
+
+    if keras.backend.backend() == "tensorflow":
+        import tensorflow as tf
+
+        return tf.function(lambda gradients, _: optimizer.apply(gradients, variables))
+    if keras.backend.backend() == "jax":
+        import jax
+
+        update = jax.jit(optimizer.stateless_apply)
+
+        def apply(gradients: list[Any], _: list[Any]) -> None:
+            state = [v.value for v in optimizer.variables]
+            moved = update(state, gradients, [v.value for v in variables])
+            for kept, values in zip((variables, optimizer.variables), moved, strict=True):
+                for variable, value in zip(kept, values, strict=True):
+                    variable.assign(value)
+
+        return apply
+    return optimizer.apply
+
+
+# JAX compiles a dozen cases as one program, in half the time that programs of their own take.
+CASES_OF_A_PROGRAM = 12
+
+
+def jax_replay(jit: bool) -> Replay:
+    def replay(case: golden.Case, dtype: str, device: str) -> Iterator[Snapshot | None]:
+        only_group(case)
+        yield from _jax_snapshots(_program_of(case) if jit else (case.id,), dtype, device, jit)[case.id]
+
+    return replay
+
+
+def _program_of(case: golden.Case) -> tuple[str, ...]:
+    """The cases that are compiled with this one: as many steps, and gradients missing in the same places."""
+
+    def pattern(of: golden.Case) -> list[list[bool]]:
+        return [[g is None for g in gradients] for gradients in of.gradients]
+
+    alike = [other.id for other in golden.load() if has_one_group(other) and pattern(other) == pattern(case)]
+    first = alike.index(case.id) // CASES_OF_A_PROGRAM * CASES_OF_A_PROGRAM
+    return tuple(alike[first : first + CASES_OF_A_PROGRAM])
+
+
+@cache
+def _jax_snapshots(ids: tuple[str, ...], dtype: str, device: str, jit: bool) -> dict[str, list[Snapshot | None]]:
+    """What each of the cases, stepped together, comes to."""
+    import jax
+    import jax.numpy as jnp
+    import optax
+
+    from ada2ms.jax import ada2ms
+
+    cases = [case for case in golden.load() if case.id in ids]
+
+    def optimizer(case: golden.Case, lr: Any) -> Any:
+        return ada2ms(lr, **only_group(case), scope=case.scope, nonfinite=case.nonfinite)
+
+    def step(runs: list[Any], lrs: list[float], gradients: list[Any]) -> list[Any]:
+        moved = []
+        for case, (params, state), lr, given in zip(cases, runs, lrs, gradients, strict=True):
+            updates, state = optimizer(case, lr).update(given, state, params)
+            params = [p if u is None else optax.apply_updates(p, u) for p, u in zip(params, updates, strict=True)]
+            moved.append((params, state))
+        return moved
+
+    found: dict[str, list[Snapshot | None]] = {case.id: [] for case in cases}
+    with settings("jax", dtype, device):
+        given = [[jnp.asarray(p, dtype) for group in case.groups for p in group.params] for case in cases]
+        runs = [(params, optimizer(case, 1.0).init(params)) for case, params in zip(cases, given, strict=True)]
+        move = jax.jit(step) if jit else step
+        for i in range(len(cases[0].gradients)):
+            gradients = [[None if g is None else jnp.asarray(g, dtype) for g in case.gradients[i]] for case in cases]
+            runs = move(runs, [case.groups[0].lr[i] for case in cases], gradients)
+            for case, run in zip(cases, runs, strict=True):
+                found[case.id].append(_jax_snapshot(case, *run) if i + 1 in recorded(case) else None)
+    return found
+
+
+def _jax_snapshot(case: golden.Case, params: Any, state: Any) -> Snapshot:
+    import optax
+
+    count, mu, nu, s, steps = (optax.tree.get(state, name) for name in ("count", "mu", "nu", "s", "steps"))
+    return Snapshot(
+        *([np.asarray(x, np.float64) for x in tree] for tree in (params, mu, nu)),
+        step=[int(t) for t in steps],
+        s=[float(s)] * len(case.groups) if case.scope == "model" else [float(x) for x in s],
+        k=[int(count)] * len(case.groups),
+        skipped=int(optax.tree.get(state, "skipped", 0)),
+    )
+
+
+REPLAYS: dict[str, Replay] = {
+    "numpy": replay_numpy,
+    "torch-forloop": torch_replay(foreach=False),
+    "torch-foreach": torch_replay(foreach=True),
+    "torch-fused": torch_replay(fused=True),
+    "jax-eager": jax_replay(jit=False),
+    "jax-jit": jax_replay(jit=True),
+    "keras": replay_keras,
+}
