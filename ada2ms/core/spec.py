@@ -25,7 +25,7 @@ continuous exponential interpolation between elementwise second-moment estimates
     m             exp_avg                         momentum                  mu
     v             exp_avg_sq                      velocity                  nu
     t             step                            steps                     steps
-    state, per parameter group (Keras, Optax: per optimizer)
+    state, per parameter group (torch: in the state of each of its parameters; Keras, Optax: per optimizer)
     s             global_exp_avg_sq               global_velocity           s
     k             global_step                     global_step               count
                   skipped                         skipped                   skipped
