@@ -288,6 +288,35 @@ def test_layers_of_flax_that_are_not_plain_are_named() -> None:
     }
 
 
+def test_layers_of_flax_that_are_shared() -> None:
+    """Each has one number, that of where it was set first, and the name that `nnx.state` has for it."""
+    pytest.importorskip("flax", reason="flax is not installed")
+    from flax import nnx
+
+    from ada2ms.jax import ada2ms, export_state, plain_layers
+
+    class Model(nnx.Module):
+        def __init__(self, rngs: nnx.Rngs) -> None:
+            self.second = nnx.Linear(2, 2, rngs=rngs)
+            self.first = self.second  # a layer, under a name that comes first by the alphabet
+            self.table = nnx.Embed(4, 2, rngs=rngs)
+            self.head = nnx.Linear(2, 4, rngs=rngs)
+            self.head.kernel = self.table.embedding  # a parameter
+            self.more = nnx.List([self.second, self.table])
+
+    model = Model(nnx.Rngs(0))
+    mappings = plain_layers(model)
+    assert mappings["names"] == {
+        "first/kernel": "0.dense.kernel",
+        "first/bias": "0.dense.bias",
+        "head/kernel": "1.embedding.table",
+        "head/bias": "2.dense.bias",
+    }
+    params = nnx.state(model, nnx.Param)
+    state = export_state(params, ada2ms().init(params), **mappings)
+    assert sorted(state.parameters) == sorted(mappings["names"].values())
+
+
 @pytest.mark.parametrize("framework", [marked(name) for name in FRAMEWORKS])
 def test_parameters_that_are_not_trained_stay_behind(framework: str) -> None:
     """Layers keep their numbers, whichever of them the optimizer has."""

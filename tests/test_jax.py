@@ -12,8 +12,9 @@ import pytest
 from jax_support import EPSILON, SHAPES, assert_close, assert_equal, train, tree
 
 from ada2ms import core
-from ada2ms.jax import _transform, ada2ms, scale_by_ada2ms
-from ada2ms.jax._power import power
+from ada2ms.jax import ada2ms, scale_by_ada2ms
+from ada2ms.jax import optimizer as optimizer_module
+from ada2ms.jax.kernels.power import power
 
 # The rule, against independent implementations
 
@@ -492,6 +493,6 @@ def test_init_reads_no_values() -> None:
 
 
 def test_examples_in_docstrings() -> None:
-    results = doctest.testmod(_transform)
+    results = doctest.testmod(optimizer_module)
     assert results.attempted > 8
     assert results.failed == 0

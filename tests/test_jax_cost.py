@@ -5,6 +5,8 @@ The time is for benchmarks/jax_step.py to tell; these numbers are the compiler's
 
 import importlib.util
 import re
+import statistics
+import time
 from pathlib import Path
 from typing import Any
 
@@ -85,3 +87,49 @@ def test_leaves_of_a_shape_share_their_loops(options: dict[str, Any]) -> None:
         return len({body for body in bodies if "f32[32,32]" in body and "reduce(" not in body})
 
     assert 3 <= loops(12) == loops(6) <= 6
+
+
+# Updates that are not compiled by the user: notebooks, and loops that are written down as they come.
+
+
+def test_an_eager_update_takes_less_than_three_times_that_of_adamw() -> None:
+    """It took up to six times; it takes about two thirds. Interleaved, so that both find the same machine."""
+    params = [jnp.full((32, 32), float(i)) for i in range(1, 21)]
+    optimizers = {"ada2ms": ada2ms(1e-3), "adamw": optax.adamw(1e-3)}
+    states = {name: optimizer.init(params) for name, optimizer in optimizers.items()}
+    times: dict[str, list[float]] = {name: [] for name in optimizers}
+    for _ in range(12):
+        for name, optimizer in optimizers.items():
+            start = time.perf_counter()
+            _, states[name] = jax.block_until_ready(optimizer.update(params, states[name], params))
+            times[name].append(time.perf_counter() - start)
+    rounds = list(zip(times["ada2ms"], times["adamw"], strict=True))[2:]  # the first ones compile
+    assert statistics.median(ours / theirs for ours, theirs in rounds) < 3
+
+
+def test_eager_updates_compile_once() -> None:
+    """Neither another step, nor a schedule in Python numbers, nor other hyperparameters compile leaves anew."""
+    compilations: list[str] = []
+
+    def count(event: str, duration: float, **_: Any) -> None:
+        if event.endswith("backend_compile_duration"):
+            compilations.append(event)
+
+    params = [jnp.full((7, i + 3), 1.0) for i in range(5)]
+
+    def run(optimizer: Any, steps: int) -> int:
+        state, found = optimizer.init(params), len(compilations)
+        for _ in range(steps):
+            _, state = optimizer.update(params, state, params)
+        return len(compilations) - found
+
+    jax.monitoring.register_event_duration_secs_listener(count)
+    try:
+        assert run(ada2ms(1e-3), 1) > 5
+        assert run(ada2ms(1e-3), 3) == 0
+        assert run(ada2ms(2e-3, 0.8, 0.99, 1e-7, weight_decay=0.1), 1) == 1  # of the coefficients
+        scheduled = ada2ms(lambda k: 0.1 / (1 + int(k)), adaptivity=lambda k: 1 / (2 + int(k)))
+        run(scheduled, 1)
+        assert run(scheduled, 5) == 0
+    finally:
+        jax.monitoring.unregister_event_duration_listener(count)

@@ -5,10 +5,10 @@ from ada2ms._extras import require
 require("jax", "jax")
 require("optax", "jax")
 
-from ada2ms.jax._layers import plain_layers
-from ada2ms.jax._rule import ScaleByAda2MSState
-from ada2ms.jax._state import arguments, export_state, import_state
-from ada2ms.jax._transform import ada2ms, scale_by_ada2ms
+from ada2ms.jax.layers import plain_layers
+from ada2ms.jax.optimizer import ada2ms, scale_by_ada2ms
+from ada2ms.jax.step import ScaleByAda2MSState
+from ada2ms.jax.transfer import arguments, export_state, import_state
 
 __all__ = [
     "ScaleByAda2MSState",
@@ -19,3 +19,5 @@ __all__ = [
     "plain_layers",
     "scale_by_ada2ms",
 ]
+
+ScaleByAda2MSState.__module__ = __name__  # in pickles, which outlive files of this package

@@ -36,9 +36,14 @@ def plain_layers(model: Any, *, names: Mapping[str, str] | None = None, axes: Ax
     require("flax", "jax")
     from flax import nnx
 
+    # The first of a shared parameter's names, by the alphabet, is the only one that `nnx.state` has for it.
+    paths = {id(x): "/".join(map(str, path)) for path, x in nnx.iter_graph(model) if isinstance(x, nnx.Param)}
     layers = []
-    for path, module in _modules(model, "", nnx):
-        own = [name for name, value in vars(module).items() if isinstance(value, nnx.Param) and value[...] is not None]
+    seen: set[int] = set()
+    for path, module in _modules(model, "", nnx, set()):
+        params = {name: value for name, value in vars(module).items() if isinstance(value, nnx.Param)}
+        own = {name: paths[id(x)] for name, x in params.items() if x[...] is not None and id(x) not in seen}
+        seen.update(map(id, params.values()))  # a shared one belongs to the first layer that has it
         if own:
             kind, roles = next(
                 (
@@ -50,13 +55,20 @@ def plain_layers(model: Any, *, names: Mapping[str, str] | None = None, axes: Ax
             )
             if kind == "conv_transpose" and not module.transpose_kernel:
                 kind = None
-            called = f"{path!r}, {type(module).__name__}"
-            layers.append(Layer(called, f"{path}/" if path else "", own, kind, roles))
+            called, prefix = f"{path!r}, {type(module).__name__}", f"{path}/" if path else ""
+            if all(name == prefix + own_name for own_name, name in own.items()):
+                layers.append(Layer(called, prefix, list(own), kind, roles))
+            else:
+                roles = {name: roles[own_name] for own_name, name in own.items() if own_name in roles}
+                layers.append(Layer(called, "", list(own.values()), kind, roles))
     return number_layers(layers, names, axes)
 
 
-def _modules(module: Any, path: str, nnx: Any) -> Iterator[tuple[str, Any]]:
-    """A module and those in it, in the order in which they were set; flax itself walks them by name."""
+def _modules(module: Any, path: str, nnx: Any, seen: set[int]) -> Iterator[tuple[str, Any]]:
+    """A module and those in it, each once, in the order in which they were set; flax itself walks them by name."""
+    if id(module) in seen:
+        return
+    seen.add(id(module))
     yield path, module
     for name, value in vars(module).items():
         inner = {name: value}
@@ -66,4 +78,4 @@ def _modules(module: Any, path: str, nnx: Any) -> Iterator[tuple[str, Any]]:
             inner = {f"{name}/{key}": x for key, x in dict(value.items()).items()}
         for key, each in inner.items():
             if isinstance(each, nnx.Module) and not isinstance(each, (nnx.List, nnx.Dict)):
-                yield from _modules(each, f"{path}/{key}" if path else key, nnx)
+                yield from _modules(each, f"{path}/{key}" if path else key, nnx, seen)

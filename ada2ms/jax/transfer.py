@@ -8,7 +8,9 @@ import jax.numpy as jnp
 import numpy as np
 import optax  # type: ignore[import-untyped]
 
+from ada2ms.core.hyperparameters import from_arguments
 from ada2ms.core.state import (
+    SLOTS,
     Axes,
     Entry,
     Group,
@@ -17,13 +19,15 @@ from ada2ms.core.state import (
     State,
     StateError,
     Target,
-    inward,
-    outward,
+    from_portable,
+    only_count,
     plain_hyperparameters,
+    to_portable,
 )
-from ada2ms.jax._rule import ScaleByAda2MSState
-
-_NODES = (ScaleByAda2MSState, optax.ScaleByAdamState)
+from ada2ms.core.state import arguments as portable_arguments
+from ada2ms.jax.names import by_path, flatten
+from ada2ms.jax.step import ScaleByAda2MSState
+from ada2ms.jax.wrappers import left_behind, rewritten, the_node
 
 
 def export_state(
@@ -53,8 +57,8 @@ def export_state(
     Raises:
         StateError: listing everything that cannot be exported.
     """
-    node = _node(opt_state)
-    leaves, mu, nu = _by_path(params), _by_path(node.mu), _by_path(node.nu)
+    node = the_node(opt_state)
+    leaves, mu, nu = by_path(params), by_path(node.mu), by_path(node.nu)
     _require_leaves(leaves, mu)
     ours = isinstance(node, ScaleByAda2MSState)
     count = int(_scalar(node.count))
@@ -71,13 +75,13 @@ def export_state(
         )
         for i, path in enumerate(mu)
     }
-    entries, renamed = outward(entries, names, axes, leaves)
-    options = dict(options or {})
-    options["lr"] = options.pop("learning_rate", None)
+    entries, renamed = to_portable(entries, names, axes, leaves)
+    options = from_arguments(options or {}, "optax")
     group = Group(list(renamed.values()), plain_hyperparameters(options))
     source = f"jax {jax.__version__}, optax {optax.__version__}: {type(node).__name__}"
+    notes = [f"Not exported: {kept}" for kept in left_behind(opt_state)]
     if s is None:
-        return State(entries, [group], source=source)
+        return State(entries, [group], source=source, notes=notes)
     group.global_step = count
     if not each:
         group.global_exp_avg_sq = float(s)
@@ -88,6 +92,7 @@ def export_state(
         nonfinite=options.get("nonfinite", "propagate"),
         skipped=int(_scalar(node.skipped)),
         source=source,
+        notes=notes,
     )
 
 
@@ -103,7 +108,9 @@ def import_state(
 ) -> tuple[optax.Params, optax.OptState, Report]:
     """Parameters and optimizer state that continue a state of any framework.
 
-    Counts of `optax.scale_by_schedule` in `opt_state` are set to the number of updates, too.
+    Counts of Optax' own states around it are set to the number of calls of `update`, too, where they follow from it:
+    those of schedules, of `inject_hyperparams` and of `MultiSteps`. What does not, such as averages and gradients that
+    are accumulated, stays as it is in `opt_state` and is in the report's notes.
 
     Args:
         params: the parameters, a tree. A leaf's name here is its path in it, `"dense/kernel"`.
@@ -124,23 +131,16 @@ def import_state(
     Raises:
         StateError: listing everything that is missing, superfluous, or of a wrong shape or type.
     """
-    node = _node(opt_state)
-    leaves, mu, nu = _by_path(params), _by_path(node.mu), _by_path(node.nu)
+    node = the_node(opt_state)
+    leaves, mu, nu = by_path(params), by_path(node.mu), by_path(node.nu)
     _require_leaves(leaves, mu)
     ours = isinstance(node, ScaleByAda2MSState)
-    targets = {
-        path: Target(
-            tuple(mu[path].shape),
-            {"param": leaves[path].dtype.name, "exp_avg": mu[path].dtype.name, "exp_avg_sq": nu[path].dtype.name},
-        )
-        for path in mu
-    }
-    fitted = inward(
+    fitted = from_portable(
         state,
-        targets,
+        {path: Target(tuple(np.shape(mu[path])), _dtypes(leaves[path], mu[path], nu[path])) for path in mu},
         names=names,
         axes=axes,
-        scope=("tensor" if _scalar(node.s).ndim else "model") if ours else None,
+        scope=("tensor" if np.ndim(_scalar(node.s)) else "model") if ours else None,
         values=values,
         cast=cast,
         others=leaves,
@@ -148,37 +148,33 @@ def import_state(
     s, k = fitted.groups[0]
     steps = [fitted.entries[path].step for path in mu]
     if not ours:
-        if len(set(steps)) > 1:
-            reason = f"Adam has one count of updates; the state's parameters have {sorted(set(steps))}"
-            raise StateError("The state does not fit", [reason])
-        k = max(steps, default=0)
+        k = only_count(fitted.entries.values(), "Adam")
 
     def replaced(tree: Any, slot: str) -> Any:
-        structure: Any
-        paths, structure = jax.tree_util.tree_flatten_with_path(tree)
+        paths, structure = flatten(tree)
         new = []
         for path, leaf in paths:
-            entry = fitted.entries.get(_name(path))  # a parameter that is not in the optimizer stays
+            entry = fitted.entries.get(path)  # a parameter that is not in the optimizer stays
             value = None if entry is None else getattr(entry, slot)
-            new.append(leaf if value is None else _like(leaf, value))
+            new.append(leaf if value is None else _filled(leaf, value))
         return structure.unflatten(new)
 
-    def moved(x: Any) -> Any:
-        if isinstance(x, optax.ScaleByScheduleState):
-            return x._replace(count=_filled(x.count, k))
-        if not isinstance(x, _NODES):
-            return x
-        x = x._replace(count=_filled(x.count, k), mu=replaced(x.mu, "exp_avg"), nu=replaced(x.nu, "exp_avg_sq"))
+    def moved(node: Any) -> Any:
+        node = node._replace(
+            count=_filled(node.count, k), mu=replaced(node.mu, "exp_avg"), nu=replaced(node.nu, "exp_avg_sq")
+        )
         if not ours:
-            return x
-        each = [entry.global_exp_avg_sq for path in mu for entry in [fitted.entries[path]]]
-        return x._replace(
-            s=_filled(x.s, each if _scalar(x.s).ndim else s or 0.0),
-            steps=_filled(x.steps, steps),
-            skipped=_filled(x.skipped, fitted.skipped),
+            return node
+        each = [fitted.entries[path].global_exp_avg_sq for path in mu]
+        return node._replace(
+            s=_filled(node.s, each if np.ndim(_scalar(node.s)) else s or 0.0),
+            steps=_filled(node.steps, steps),
+            skipped=_filled(node.skipped, fitted.skipped),
         )
 
-    opt_state = jax.tree.map(moved, opt_state, is_leaf=_is_node)
+    # Steps that were skipped are updates for what is around.
+    opt_state, kept = rewritten(opt_state, moved, lambda count: _filled(count, k + fitted.skipped))
+    fitted.report.notes += [f"Not imported, and as it was in opt_state: {name}" for name in kept]
     return replaced(params, "param"), opt_state, fitted.report
 
 
@@ -188,40 +184,15 @@ def arguments(state: State) -> dict[str, Any]:
     Raises:
         StateError: the state has groups that differ.
     """
-    hyper = {("learning_rate" if name == "lr" else name): value for name, value in state.hyper().items()}
-    return {**hyper, "scope": state.scope, "nonfinite": state.nonfinite}
-
-
-def _is_node(x: Any) -> bool:
-    return isinstance(x, (*_NODES, optax.ScaleByScheduleState))
-
-
-def _node(opt_state: optax.OptState) -> Any:
-    """The one state of Ada2MS or Adam."""
-    nodes = [x for x in jax.tree.leaves(opt_state, is_leaf=_is_node) if isinstance(x, _NODES)]
-    if len(nodes) != 1:
-        reason = f"it has {len(nodes)} states of Ada2MS or Adam in it (must be 1)"
-        raise StateError("The optimizer state does not fit", [reason])
-    return nodes[0]
-
-
-def _by_path(tree: Any) -> dict[str, Any]:
-    return {_name(path): leaf for path, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]}
-
-
-def _name(path: tuple[Any, ...]) -> str:
-    """A path as text; without the `.value` in which flax.nnx keeps a parameter's array."""
-    if path and isinstance(path[-1], jax.tree_util.GetAttrKey) and path[-1].name == "value":
-        path = path[:-1]
-    return jax.tree_util.keystr(path, simple=True, separator="/")
+    return portable_arguments(state, "optax")
 
 
 def _require_leaves(params: dict[str, Any], mu: dict[str, Any]) -> None:
     problems = [f"{path!r} is in the optimizer state alone" for path in mu if path not in params]
     problems += [
-        f"{path!r} has moments of another shape, {mu[path].shape} (complex in real moments: leave mu_dtype to default)"
+        f"{path!r} has moments of another shape, {np.shape(mu[path])} (complex in real moments: leave mu_dtype out)"
         for path in mu
-        if path in params and mu[path].shape != params[path].shape
+        if path in params and np.shape(mu[path]) != np.shape(params[path])
     ]
     if problems:
         raise StateError("Parameters and optimizer state do not belong together", problems)
@@ -237,8 +208,19 @@ def _filled(field: Any, value: Any) -> Any:
 
 
 def _like(old: Any, value: Any) -> Any:
-    """A new array of the old one's type and sharding."""
+    """A new array of the old one's type and sharding; of NumPy or a Python number, where the old one is."""
+    if isinstance(old, (bool, int, float, complex)):
+        return type(old)(value)
+    if isinstance(old, (np.ndarray, np.generic)):
+        return np.array(value, old.dtype)[()] if isinstance(old, np.generic) else np.array(value, old.dtype)
     return jax.device_put(jnp.asarray(value, old.dtype), old.sharding)
+
+
+def _dtypes(*slots: Any) -> dict[str, str]:
+    """The names of the types of a parameter and its moments."""
+    return {
+        slot: (x if hasattr(x, "dtype") else np.asarray(x)).dtype.name for slot, x in zip(SLOTS, slots, strict=True)
+    }
 
 
 def _numpy(x: Any) -> Any:

@@ -1,13 +1,17 @@
-"""Powers and roots: in float32 several times faster on a CPU than XLA's own power, and differentiable at 0.
+"""Powers and square roots: in float32 several times faster on a CPU than XLA's own power, and differentiable at 0.
 
 What is raised to a power here is a mean of squared gradients. Where it is 0 so is its derivative, though that of the
-root is infinite: counted as 0, the derivatives of an update are those of the rule, where the product of the two is NaN.
+square root is infinite: counted as 0, the derivatives of an update are those of the rule, where the product of the two
+is NaN.
 """
+
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from ada2ms.core import power as core
+from ada2ms.core.coefficients import PowerKind, by_roots
 
 
 @jax.custom_jvp
@@ -23,7 +27,7 @@ def power(x: jax.Array, h: jax.Array) -> jax.Array:
         h: of the type of x, scalar.
     """
     if x.dtype != jnp.float32:
-        return power_of_few(x, h)
+        return exact_power(x, h)
     result: jax.Array = core.power(x, h, jax.lax.bitcast_convert_type, jnp.where)
     return result
 
@@ -38,18 +42,30 @@ def _derivative_of_power(
     return power(x, h), jnp.where(zero, 0, tangent)
 
 
-def power_of_few(x: jax.Array, h: jax.Array) -> jax.Array:
-    """The same by XLA's own power, which is more exact, and slow."""
+def exact_power(x: jax.Array, h: jax.Array) -> jax.Array:
+    """x^h by XLA's own power, which is more exact, and slow: for a few numbers."""
     return jnp.where(x == 0, (h == 0).astype(x.dtype), jnp.power(jnp.where(x == 0, 1, x), h))
 
 
 @jax.custom_jvp
-def root(x: jax.Array) -> jax.Array:
+def sqrt(x: jax.Array) -> jax.Array:
     """The square root for x >= 0; its derivative is 0 at 0."""
     return jnp.sqrt(x)
 
 
-@root.defjvp
-def _derivative_of_root(primals: tuple[jax.Array], tangents: tuple[jax.Array]) -> tuple[jax.Array, jax.Array]:
+@sqrt.defjvp
+def _derivative_of_sqrt(primals: tuple[jax.Array], tangents: tuple[jax.Array]) -> tuple[jax.Array, jax.Array]:
     (x,), (tangent,) = primals, tangents
-    return root(x), tangent / (2 * jnp.where(x == 0, jnp.inf, root(x)))
+    return sqrt(x), tangent / (2 * jnp.where(x == 0, jnp.inf, sqrt(x)))
+
+
+def denom_power(v: jax.Array, exponent: Any, kind: PowerKind) -> Any:
+    """v^exponent, where 0^0 = 1; by square roots where `kind` says so."""
+    if kind is PowerKind.POWER:
+        return power(v, jnp.asarray(exponent, v.dtype))
+    return 1.0 if kind is PowerKind.ONE else sqrt(v) if kind is PowerKind.SQRT else sqrt(sqrt(v))
+
+
+def scale_power(x: jax.Array, h: Any) -> Any:
+    """x^h for the few numbers that the denominator is scaled by."""
+    return by_roots(x, h, sqrt, lambda x, h: exact_power(x, jnp.asarray(h, x.dtype)))

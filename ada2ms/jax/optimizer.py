@@ -5,10 +5,13 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax  # type: ignore[import-untyped]
 
-from ada2ms.core.hyperparameters import DEFAULT_NONFINITE, DEFAULT_SCOPE, DEFAULTS, Nonfinite, Scope, value_at
-from ada2ms.jax._rule import Finish, Rule, ScaleByAda2MSState, at_least_float32, cast, check_number, map_updates, number
+from ada2ms.core.hyperparameters import DEFAULT_NONFINITE, DEFAULT_SCOPE, DEFAULTS, Nonfinite, Scope, as_float, check
+from ada2ms.jax import step
+from ada2ms.jax.sharding import axes_of
+from ada2ms.jax.step import Options, ScaleByAda2MSState
 
 AxisName = str | Sequence[str] | None
 
@@ -76,7 +79,8 @@ def ada2ms(
             that are averaged over data-parallel devices, and not under `jax.jit` alone, which needs nothing.
 
     Returns:
-        A transformation whose state is a `ScaleByAda2MSState`. Its `update` needs the parameters.
+        A transformation whose state is a `ScaleByAda2MSState`. Its `update` needs the parameters, unless
+        `weight_decay` is the number 0.
 
     Raises:
         TypeError, ValueError: naming the argument, its value and what is allowed. (What JAX traces has no value yet,
@@ -95,9 +99,10 @@ def ada2ms(
         >>> bool(jnp.sum(params**2) < 1)
         True
     """
-    check_number("lr", learning_rate, "learning_rate")
-    check_number("weight_decay", weight_decay, schedule=True)
-    rule = Rule(
+    return _transformation(
+        learning_rate=_checked("lr", learning_rate, "learning_rate"),
+        weight_decay=_checked("weight_decay", weight_decay, schedule=True),
+        mask=mask,
         b1=b1,
         b2=b2,
         eps=eps,
@@ -108,17 +113,6 @@ def ada2ms(
         nonfinite=nonfinite,
         axis_name=axis_name,
     )
-
-    def finish(directions: optax.Updates, count: jax.Array, params: optax.Params | None) -> optax.Updates:
-        if params is None:
-            raise ValueError("Invalid params: None (update must be given the parameters, which weight decay is of)")
-        lr, wd = number(value_at(learning_rate, count)), number(value_at(weight_decay, count))
-        params = jax.tree.map(lambda p: jnp.asarray(p, at_least_float32(p)), params)
-        decaying = optax.add_decayed_weights(wd, mask)  # for Optax' own reading of masks
-        decay, _ = decaying.update(optax.tree.zeros_like(params), decaying.init(params), params)
-        return map_updates(lambda u, w: -cast(lr, u.dtype) * (u + w), directions, decay)
-
-    return _transformation(rule, finish)
 
 
 def scale_by_ada2ms(
@@ -169,7 +163,7 @@ def scale_by_ada2ms(
         >>> bool(jnp.allclose(updates, -gradients / jnp.sqrt(jnp.mean(gradients**2))))
         True
     """
-    rule = Rule(
+    return _transformation(
         b1=b1,
         b2=b2,
         eps=eps,
@@ -180,14 +174,50 @@ def scale_by_ada2ms(
         nonfinite=nonfinite,
         axis_name=axis_name,
     )
-    return _transformation(rule, lambda directions, count, params: directions)
 
 
-def _transformation(rule: Rule, finish: Finish) -> optax.GradientTransformationExtraArgs:
-    def update(
+def _transformation(**arguments: Any) -> optax.GradientTransformationExtraArgs:
+    """Functions that close over their options, as those of Optax do: some tools look for arrays there."""
+    for field in ("b1", "b2", "eps", "adaptivity"):
+        arguments[field] = _checked(field, arguments[field])
+    options = Options(**arguments)
+    check("scope", options.scope)
+    check("nonfinite", options.nonfinite)
+    for field in ("mu_dtype", "nu_dtype"):
+        _check_dtype(field, getattr(options, field))
+    if not all(isinstance(axis, str) for axis in axes_of(options.axis_name)):
+        name = options.axis_name
+        raise TypeError(f"Invalid axis_name: {name!r} (axis_name must be None, a name or a tuple of names)")
+
+    def init_fn(params: optax.Params) -> ScaleByAda2MSState:
+        return step.init(options, params)
+
+    def update_fn(
         updates: optax.Updates, state: ScaleByAda2MSState, params: optax.Params | None = None, **extra_args: Any
     ) -> tuple[optax.Updates, ScaleByAda2MSState]:
         del extra_args
-        return rule.update(finish, updates, state, params)
+        return step.update(options, updates, state, params)
 
-    return optax.GradientTransformationExtraArgs(rule.init, update)
+    return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+
+
+def _checked(field: str, value: Any, argument: str | None = None, *, schedule: bool | None = None) -> Any:
+    """A hyperparameter: a schedule, an array of JAX, or else a Python float. What JAX traces has no value to check yet.
+
+    `optax.inject_hyperparams` makes complex numbers of them where a parameter is complex.
+    """
+    if hasattr(value, "dtype") and jnp.iscomplexobj(value):
+        real = isinstance(value, jax.core.Tracer) or np.all(np.imag(value) == 0)
+        value = value.real if real else value
+    if not isinstance(value, jax.core.Tracer):
+        check(field, jax.device_get(value) if isinstance(value, jax.Array) else value, argument, schedule=schedule)
+    return value if callable(value) or isinstance(value, jax.Array) else as_float(value)
+
+
+def _check_dtype(field: str, dtype: Any) -> None:
+    try:
+        allowed = dtype is None or jnp.issubdtype(dtype, jnp.inexact)
+    except TypeError:
+        allowed = False
+    if not allowed:
+        raise ValueError(f"Invalid {field}: {dtype!r} ({field} must be None, or a floating or complex dtype)")

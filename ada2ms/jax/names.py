@@ -1,0 +1,44 @@
+"""Names of leaves: their paths as text."""
+
+import sys
+from typing import Any
+
+import jax
+
+from ada2ms.core.state import StateError
+
+
+def by_path(tree: Any) -> dict[str, Any]:
+    """The leaves of a tree by their names, such as "dense/kernel".
+
+    Raises:
+        StateError: naming leaves that have one name: keys may hold a "/", and 1 and "1" are the same as text.
+    """
+    leaves: dict[str, Any] = {}
+    called: dict[str, list[str]] = {}
+    for path, leaf in jax.tree_util.tree_flatten_with_path(tree, is_leaf=_is_box)[0]:
+        if arrays := jax.tree.leaves(leaf):
+            called.setdefault(_name(path), []).append(jax.tree_util.keystr(path))
+            leaves[_name(path)] = arrays[0]
+    problems = [f"{' and '.join(paths)} are all called {name!r}" for name, paths in called.items() if len(paths) > 1]
+    if problems:
+        raise StateError("Several leaves have one name; rename a key", problems)
+    return leaves
+
+
+def flatten(tree: Any) -> tuple[list[tuple[str, Any]], Any]:
+    """The leaves of a tree with their names, boxes of flax counted as leaves; and its structure."""
+    leaves, structure = jax.tree_util.tree_flatten_with_path(tree, is_leaf=_is_box)
+    return [(_name(path), leaf) for path, leaf in leaves], structure
+
+
+def _name(path: tuple[Any, ...]) -> str:
+    return jax.tree_util.keystr(path, simple=True, separator="/")
+
+
+def _is_box(x: Any) -> bool:
+    """What flax keeps one array in: its path ends where the box is, and not with the box' own `.value`."""
+    kinds = (("flax.nnx", "Variable"), ("flax.nnx", "VariableState"), ("flax.core.meta", "AxisMetadata"))
+    # In what is loaded, and past warnings of newer flax, in which the second is another name of the first
+    loaded = [vars(sys.modules[module]).get(name) for module, name in kinds if module in sys.modules]
+    return isinstance(x, tuple(kind for kind in loaded if kind is not None))
