@@ -19,9 +19,9 @@ import shutil
 import subprocess
 import sys
 import time
-import venv
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -54,6 +54,10 @@ def setup(*extras: str) -> None:
     """Installs the package, editable, with these extras, unless that has been done for these very files."""
     if not (3, 11) <= sys.version_info[:2] <= (3, 13):
         sys.exit(f"Python 3.11 to 3.13 is needed; this is {sys.version.split()[0]} ({sys.executable})")
+    if absent := [module for module in ("venv", "ensurepip") if find_spec(module) is None]:
+        sys.exit(f"{sys.executable} lacks {' and '.join(absent)} (on Debian and Ubuntu: apt install python3-venv)")
+    import venv
+
     inputs = [(ROOT / name).read_bytes() for name in ("pyproject.toml", "constraints.txt")]
     wanted = hashlib.sha256(b"\0".join([*inputs, sys.version.encode(), str(ROOT).encode()])).hexdigest()
     done = STAMP.read_text().split() if STAMP.exists() else []
@@ -65,7 +69,8 @@ def setup(*extras: str) -> None:
     missing = [extra for extra in extras if extra not in done]
     if missing:
         pip = [PYTHON, "-m", "pip", "--disable-pip-version-check", "install", "--quiet", "-c", "constraints.txt"]
-        subprocess.run([*pip, "--editable", f".[{','.join(missing)}]"], cwd=ROOT, check=True)
+        if status := subprocess.run([*pip, "--editable", f".[{','.join(missing)}]"], cwd=ROOT).returncode:
+            sys.exit(f"pip has not installed the extras {', '.join(missing)} (exit status {status}); it says why above")
         STAMP.write_text(" ".join([*done, *missing]))
 
 

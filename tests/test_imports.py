@@ -176,3 +176,32 @@ print(said.getvalue())"""
 
 def test_checking_what_is_installed_needs_nothing_else() -> None:
     assert "golden cases" in run("from ada2ms.core import golden; golden.main(['--check'])", "mpmath")
+
+
+@pytest.mark.parametrize(
+    ("change", "sentence"),
+    [
+        ("dev.sys.version_info = (3, 10, 1)", "Python 3.11 to 3.13 is needed"),
+        ("dev.find_spec = lambda module: None if module == 'ensurepip' else module", " lacks ensurepip (on Debian"),
+        (
+            "dev.subprocess.run = lambda *_, **__: SimpleNamespace(returncode=1)",
+            "pip has not installed the extras all, dev",
+        ),
+    ],
+)
+def test_the_development_command_says_in_one_line_what_it_needs(change: str, sentence: str, tmp_path: Path) -> None:
+    code = f"""
+import dev
+from pathlib import Path
+from types import SimpleNamespace
+dev.VENV, dev.STAMP = Path({str(tmp_path)!r}) / "venv", Path({str(tmp_path)!r}) / "venv" / "stamp"
+import venv
+venv.create = lambda *_, **__: None
+{change}
+try:
+    dev.setup("all", "dev")
+except SystemExit as exit_:
+    print(exit_.code)"""
+    said = run(code).splitlines()
+    assert [line for line in said if sentence in line] == said[-1:]
+    assert said[:-1] in ([], ["Setting up .venv (about 3 GB; a few minutes)"])
