@@ -114,7 +114,7 @@ def run_all(jobs: list[Job]) -> bool:
 
 
 def pytest(label: str, marks: str, *arguments: str, keras_backend: str = "tensorflow") -> Job:
-    return Job(label, ("pytest", "-m", marks, *arguments), keras_backend)
+    return Job(label, ("pytest", "--quiet", "-m", marks, *arguments), keras_backend)
 
 
 def lanes(marks: str) -> list[Job]:

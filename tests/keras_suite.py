@@ -90,7 +90,7 @@ def main() -> None:
     outcomes = Outcomes()
     options = ["-q", "-c", "/dev/null", "--rootdir", str(source), "-W", "ignore"]
     with contextlib.redirect_stdout(io.StringIO()):
-        plugins = ["-p", "no:cacheprovider", "-p", "no:xdist"]
+        plugins = ["-p", "no:cacheprovider"]
         pytest.main([*options, *plugins, *(str(source / name) for name in modules or MODULES)], plugins=[outcomes])
     print(json.dumps(outcomes.found))
 

@@ -1,6 +1,7 @@
 """The demo, as its users see it: what it prints, what it saves, and when it fails."""
 
 import json
+import os
 import subprocess
 import sys
 from itertools import permutations
@@ -14,8 +15,12 @@ from ada2ms import core
 from ada2ms.cli import adaptivity, main
 from ada2ms.demo import digits, run
 
+# The demo's networks are trained on every Keras backend by test_trajectories.py; what prints them does not differ.
+ONCE = pytest.mark.keras if os.environ["KERAS_BACKEND"] == "tensorflow" else pytest.mark.slow
+
 
 @pytest.mark.keras
+@ONCE
 def test_all_frameworks_agree(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["demo", "--steps", "5", "--out", str(tmp_path), "--json", "--adaptivity", "cosine:1:0:4"]) == 0
     found = json.loads(capsys.readouterr().out)

@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import pickle
 from collections.abc import Callable
 from typing import Any
@@ -138,7 +139,12 @@ def keras_symbolic(schedule: AdaptivitySchedule, counts: list[int]) -> tuple[Any
     return model(np.array(counts, "float32")), "float32"
 
 
-keras_mark = pytest.mark.keras
+def marked(way: str) -> Any:
+    """Ways of TensorFlow, whose import takes long, run where Keras has loaded it."""
+    here = way.startswith("keras") or (way.startswith("tensorflow") and os.environ["KERAS_BACKEND"] == "tensorflow")
+    return pytest.param(way, marks=[pytest.mark.keras] if here else [])
+
+
 WAYS = {
     "python int": python(int, "float64"),
     "python float": python(float, "float64"),
@@ -174,9 +180,7 @@ WAYS = {
 
 
 @pytest.mark.parametrize("schedule", SCHEDULES, ids=str)
-@pytest.mark.parametrize(
-    "way", [pytest.param(way, marks=[keras_mark] if way.startswith("keras") else []) for way in WAYS]
-)
+@pytest.mark.parametrize("way", [marked(way) for way in WAYS])
 def test_values(way: str, schedule: AdaptivitySchedule) -> None:
     """At the start, between, at the end and beyond: all ways agree with 50 digits, and so with each other."""
     values, dtype = WAYS[way](schedule, COUNTS)
@@ -251,7 +255,7 @@ def test_counts_of_every_type_meet_every_horizon(kind: Any) -> None:
         assert [float(Exponential(1, 0.25, half_life)(value(count))) for count in (0, 1)] == [1, 0.25]
 
 
-@pytest.mark.parametrize("framework", ["torch", "jax", "tensorflow"])
+@pytest.mark.parametrize("framework", [marked(framework) for framework in ("torch", "jax", "tensorflow")])
 def test_float32_counts_of_frameworks_meet_every_horizon(framework: str) -> None:
     if framework == "torch":
         import torch as library

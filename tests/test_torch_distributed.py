@@ -26,7 +26,6 @@ from ada2ms.torch import Ada2MS
 pytestmark = [
     pytest.mark.slow,
     pytest.mark.skipif(not dist.is_available(), reason="this torch has no torch.distributed"),
-    pytest.mark.xdist_group("torch_distributed"),  # the processes of a world are started once
 ]
 STEPS = 4
 OPTIONS: dict[str, Any] = {"lr": 0.1, "adaptivity": 0.4}
