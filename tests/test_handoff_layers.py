@@ -303,6 +303,7 @@ def test_layers_of_flax_that_are_shared() -> None:
             self.head = nnx.Linear(2, 4, rngs=rngs)
             self.head.kernel = self.table.embedding  # a parameter
             self.more = nnx.List([self.second, self.table])
+            self.head.owner = self  # a circle
 
     model = Model(nnx.Rngs(0))
     mappings = plain_layers(model)

@@ -141,6 +141,22 @@ def test_frozen() -> None:
     assert updates["b"] is None
 
 
+@pytest.mark.parametrize("name", ["masked", "freeze"])
+def test_frozen_behind(name: str) -> None:
+    """Its gradient is counted in s, as it is not where the recipe of docs/global.md freezes it."""
+    frozen = {"a": False, "b": True}
+    freeze = optax.masked(optax.set_to_zero(), frozen) if name == "masked" else optax.freeze(frozen)
+    found = first_update(optax.chain(ada2ms(**ALONE), freeze))
+    np.testing.assert_allclose(found, [by(WHOLE)[0], 0.0], rtol=1e-5)
+    recipe = optax.selective_transform(ada2ms(**ALONE), freeze_mask=frozen)
+    np.testing.assert_allclose(first_update(recipe), [-1.0, 0.0], rtol=1e-5)
+    for optimizer in (
+        optax.chain(optax.adamw(1.0), freeze),
+        optax.selective_transform(optax.adamw(1.0), freeze_mask=frozen),
+    ):
+        np.testing.assert_allclose(first_update(optimizer), [*first_update(optax.adamw(1.0))[:1], 0.0], rtol=1e-5)
+
+
 def test_zeros_dilute() -> None:
     """By 2^(1/4) here, where half of all entries are zeros."""
     gradients = {**GRADIENTS, "b": jnp.zeros(1)}
@@ -168,7 +184,9 @@ def test_multi_steps() -> None:
 def test_every_row_of_the_page_has_its_test() -> None:
     here = Path(__file__)
     rows = re.findall(r"^\| .* \| .* \| (`.*`) \|$", (here.parents[1] / "docs" / "global.md").read_text(), re.MULTILINE)
-    sources = "".join(here.with_name(f"test_jax{name}.py").read_text() for name in ("", "_transforms", "_sharding"))
+    sources = "".join(
+        here.with_name(f"test_jax{name}.py").read_text() for name in ("_traced", "_transforms", "_sharding")
+    )
     named = [name for row in rows for name in re.findall(r"`(\w+)`", row)]
-    assert len(rows) == 14
+    assert len(rows) == 15
     assert [name for name in named if f"\ndef {name}(" not in sources] == []

@@ -1,4 +1,4 @@
-"""Where pickles that were made before `ada2ms.jax.ScaleByAda2MSState` had its fields in order look for it."""
+"""For older pickles, which look for `ScaleByAda2MSState` here and hold its fields in another order."""
 
 from typing import Any
 
@@ -6,7 +6,7 @@ from ada2ms.jax import step
 
 
 class ScaleByAda2MSState:
-    """Takes the fields as those pickles have them, by their places, and makes the state of today."""
+    """Takes the fields in the order of those pickles, and makes a state of `ada2ms.jax`."""
 
     def __new__(cls, count: Any, mu: Any, nu: Any, s: Any, steps: Any, skipped: Any) -> step.ScaleByAda2MSState:  # type: ignore[misc]
         return step.ScaleByAda2MSState(count=count, mu=mu, nu=nu, s=s, skipped=skipped, steps=steps)

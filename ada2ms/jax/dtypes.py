@@ -1,4 +1,4 @@
-"""Types: what arithmetic is in, what an update is rounded to, and complex leaves as pairs of reals."""
+"""The types in which a step computes and stores, and complex leaves as pairs of reals."""
 
 from typing import Any
 
@@ -23,7 +23,7 @@ def update_dtype(*arrays: Any) -> Any:
 
 
 def as_array(x: Any, dtype: Any) -> jax.Array:
-    """An array as it is, and a Python number, as which files of text give back scalars, in `dtype`."""
+    """An array as it is; a Python number, as which scalars come back from JSON or msgpack, in `dtype`."""
     if isinstance(x, jax.Array):
         return x
     return jnp.asarray(x) if hasattr(x, "dtype") else jnp.asarray(x, dtype)
@@ -60,12 +60,12 @@ def from_reals(x: jax.Array, pairs: bool, dtype: Any = None) -> jax.Array:
 
 
 def _common(*arrays: Any) -> Any:
-    """Types of 8 bits and fewer have no implicit promotion: among several types, others hold all of their values."""
+    """The type that several promote to. JAX promotes none of 8 bits or fewer; bfloat16 holds all of their values."""
     wide = [x for x in arrays if not _is_narrow_float(x)]
     narrow = {jnp.result_type(x) for x in arrays if _is_narrow_float(x)}
     if len(narrow) == 1 and not wide:
         return narrow.pop()
-    # Widening is meant, where the user has forbidden it to happen by chance.
+    # Promotion is intended here, also where the user has forbidden implicit promotion.
     with jax.numpy_dtype_promotion("standard"):
         dtype = jnp.result_type(*(wide or [jnp.float32]))
         return jnp.result_type(dtype, jnp.bfloat16) if narrow else dtype

@@ -36,14 +36,14 @@ def plain_layers(model: Any, *, names: Mapping[str, str] | None = None, axes: Ax
     require("flax", "jax")
     from flax import nnx
 
-    # The first of a shared parameter's names, by the alphabet, is the only one that `nnx.state` has for it.
+    # Of a shared parameter's paths, `nnx.state` has only the one that comes first alphabetically.
     paths = {id(x): "/".join(map(str, path)) for path, x in nnx.iter_graph(model) if isinstance(x, nnx.Param)}
     layers = []
     seen: set[int] = set()
     for path, module in _modules(model, "", nnx, set()):
         params = {name: value for name, value in vars(module).items() if isinstance(value, nnx.Param)}
         own = {name: paths[id(x)] for name, x in params.items() if x[...] is not None and id(x) not in seen}
-        seen.update(map(id, params.values()))  # a shared one belongs to the first layer that has it
+        seen.update(map(id, params.values()))  # a shared parameter belongs to the first layer that has it
         if own:
             kind, roles = next(
                 (

@@ -1,4 +1,4 @@
-"""Names of leaves: their paths as text."""
+"""The names of leaves in a portable state: their paths as text."""
 
 import sys
 from typing import Any
@@ -37,8 +37,8 @@ def _name(path: tuple[Any, ...]) -> str:
 
 
 def _is_box(x: Any) -> bool:
-    """What flax keeps one array in: its path ends where the box is, and not with the box' own `.value`."""
+    """Whether x is one of the boxes in which flax keeps a single array; the box's own `.value` is no part of a name."""
     kinds = (("flax.nnx", "Variable"), ("flax.nnx", "VariableState"), ("flax.core.meta", "AxisMetadata"))
-    # In what is loaded, and past warnings of newer flax, in which the second is another name of the first
+    # `vars` looks past the warning of newer flax, in which VariableState is a deprecated alias.
     loaded = [vars(sys.modules[module]).get(name) for module, name in kinds if module in sys.modules]
     return isinstance(x, tuple(kind for kind in loaded if kind is not None))

@@ -44,7 +44,7 @@ def mean(total: jax.Array, numel: Any) -> jax.Array:
 
 @specialized
 def _sum_of_squares(*, gradient: jax.Array, dtype: Any) -> jax.Array:
-    # The barrier keeps XLA from sharing g*g with the update of v, for which it would store all of g*g.
+    # Without the barrier, XLA shares g*g with the update of v, and stores all of it for that.
     g = jax.lax.optimization_barrier(gradient)  # type: ignore[no-untyped-call]
     g = to_reals(g, jnp.iscomplexobj(g))
     return jnp.sum(jnp.square(g.astype(compute_dtype(g)))).astype(dtype)

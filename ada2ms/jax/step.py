@@ -13,7 +13,7 @@ import optax  # type: ignore[import-untyped]
 from ada2ms.core.coefficients import bias_correction, coefficients, denom_can_be_zero, power_kind
 from ada2ms.core.hyperparameters import Nonfinite, Scope, as_float, value_at
 from ada2ms.jax.dtypes import as_array, cast, compute_dtype, real_dtype, update_dtype, zeros_like
-from ada2ms.jax.kernels.leaf import Numbers, place, select, update_leaf
+from ada2ms.jax.kernels.leaf import Numbers, leaf_index, select, update_leaf
 from ada2ms.jax.kernels.power import scale_power, sqrt
 from ada2ms.jax.masks import decaying_leaves
 from ada2ms.jax.reduce import mean, sums_of_squares
@@ -88,7 +88,7 @@ def update(
         return updates, state
     s = as_array(state.s, real_dtype(*(x for x in (*leaves.gradients, *leaves.mu) if hasattr(x, "dtype"))))
     count, skipped, steps = (as_array(x, jnp.int32) for x in (state.count, state.skipped, state.steps))
-    options = _at(options, count, s.dtype)
+    options = _options_at(options, count, s.dtype)
 
     sums, numel = sums_of_squares(leaves.gradients, s.dtype, options.axis_name)
     total, step_is_live = _gate(sums=sums, dtype=s.dtype, nonfinite=options.nonfinite)
@@ -118,7 +118,7 @@ class _Leaves(NamedTuple):
     """What a step is given, leaf by leaf, without those leaves of the parameters that have no moments."""
 
     tree: Any  # the structure of the parameters, None counted as a leaf
-    places: list[int]  # of those with moments
+    positions: list[int]  # of those with moments
     gradients: list[Any]  # None where there is none
     mu: list[Any]
     nu: list[Any]
@@ -128,7 +128,7 @@ class _Leaves(NamedTuple):
     def whole(self, leaves: list[Any]) -> Any:
         """A tree of leaves that is like the parameters; None elsewhere."""
         every = [None] * self.tree.num_leaves
-        for i, leaf in zip(self.places, leaves, strict=True):
+        for i, leaf in zip(self.positions, leaves, strict=True):
             every[i] = leaf
         return self.tree.unflatten(every)
 
@@ -139,32 +139,32 @@ def _prepare(
     """Leaves that have no moments are left alone, whatever they are: models of Equinox have functions among them."""
     tree: Any = jax.tree.structure(state.mu, is_leaf=lambda x: x is None)
     every = tree.flatten_up_to(state.mu)
-    places = [i for i, m in enumerate(every) if m is not None]
+    positions = [i for i, m in enumerate(every) if m is not None]
 
     def of(x: Any) -> list[Any]:
         leaves = tree.flatten_up_to(x)
-        return [leaves[i] for i in places]
+        return [leaves[i] for i in positions]
 
     gradients = tree.flatten_up_to(updates)
     if any(g is not None and m is None for g, m in zip(gradients, every, strict=True)):
         raise ValueError("Invalid updates: a gradient for a leaf that was None in init (must be None for it)")
     leaves = _Leaves(
         tree=tree,
-        places=places,
-        gradients=[None if gradients[i] is None else as_array(gradients[i], None) for i in places],
+        positions=positions,
+        gradients=[None if gradients[i] is None else as_array(gradients[i], None) for i in positions],
         mu=of(state.mu),
         nu=of(state.nu),
-        params=[None] * len(places) if params is None else of(params),
-        decays=[False] * len(places),
+        params=[None] * len(positions) if params is None else of(params),
+        decays=[False] * len(positions),
     )
     _check_shapes(options.scope, state, leaves)
     if not isinstance(options.weight_decay, float) or options.weight_decay:
         if params is None:
             raise ValueError("Invalid params: None (update must be given the parameters, which weight decay is of)")
         decaying = decaying_leaves(options.mask, leaves.whole(leaves.params))
-        leaves = leaves._replace(decays=[decaying[i] for i in places])
+        leaves = leaves._replace(decays=[decaying[i] for i in positions])
     for i, g in enumerate(leaves.gradients):
-        if g is not None:  # what comes back from a file of text are numbers of Python
+        if g is not None:  # scalars of a state that was saved as text are Python numbers
             leaves.mu[i] = as_array(leaves.mu[i], compute_dtype(g) if options.mu_dtype is None else options.mu_dtype)
             leaves.nu[i] = as_array(leaves.nu[i], compute_dtype(g) if options.nu_dtype is None else options.nu_dtype)
             leaves.params[i] = None if leaves.params[i] is None else as_array(leaves.params[i], None)
@@ -172,37 +172,35 @@ def _prepare(
 
 
 def _check_shapes(scope: Scope, state: ScaleByAda2MSState, leaves: _Leaves) -> None:
-    """Raises where arrays would be broadcast otherwise."""
-    count = (len(leaves.mu),)
-    s = count if scope == "tensor" else ()
+    """Raises if an array of the state has another shape than `init` gives it: it would be broadcast silently."""
+    leaf_count = (len(leaves.mu),)
+    s = leaf_count if scope == "tensor" else ()
     if np.shape(state.s) != s:
         found = np.shape(state.s)
         raise ValueError(f"Invalid state: s of shape {found}, not {s} (must be made with scope={scope!r})")
-    for field, shape in (("count", ()), ("skipped", ()), ("steps", count)):
+    for field, shape in (("count", ()), ("skipped", ()), ("steps", leaf_count)):
         if (found := np.shape(getattr(state, field))) != shape:
             raise ValueError(f"Invalid state: {field} of shape {found} (must be {shape}, as init makes it)")
-    for i, g in enumerate(leaves.gradients):
+    paths, _ = jax.tree_util.tree_flatten_with_path(state.mu)
+    for (path, _), g, mu, nu in zip(paths, leaves.gradients, leaves.mu, leaves.nu, strict=True):
         if g is None:
             continue
         allowed = (g.shape, (2, *g.shape)) if jnp.iscomplexobj(g) else (g.shape,)
-        for field, moment in (("mu", leaves.mu[i]), ("nu", leaves.nu[i])):
+        for field, moment in (("mu", mu), ("nu", nu)):
             if np.shape(moment) not in allowed:
-                path = jax.tree_util.tree_flatten_with_path(state.mu, is_leaf=lambda x: x is None)[0][leaves.places[i]]
-                name = f"{field}{jax.tree_util.keystr(path[0])}"
-                raise ValueError(
-                    f"Invalid state: {name} of shape {np.shape(moment)} (must be {g.shape}, its gradient's)"
-                )
+                name, shape = f"{field}{jax.tree_util.keystr(path)}", np.shape(moment)
+                raise ValueError(f"Invalid state: {name} of shape {shape} (must be {g.shape}, its gradient's)")
 
 
-def _at(options: Options, count: jax.Array, dtype: Any) -> Options:
+def _options_at(options: Options, count: jax.Array, dtype: Any) -> Options:
     """The options of this step: schedules take the count of completed updates."""
-    # A schedule of a 32-bit count would compute in float32.
+    # From a 32-bit count, a schedule computes in float32.
     completed = count.astype(jnp.int64) if dtype == jnp.float64 else count
 
     def at(scheduled: Any) -> Any:
-        value = number(value_at(scheduled, completed))
+        value = _as_number(value_at(scheduled, completed))
         if callable(scheduled) and isinstance(value, float) and not isinstance(count, jax.core.Tracer):
-            return jnp.asarray(value, dtype)  # as a Python number, it would be compiled for, in every step anew
+            return jnp.asarray(value, dtype)  # a Python number would be a constant, and each step compiled anew
         return value
 
     lr = options.learning_rate
@@ -215,7 +213,7 @@ def _at(options: Options, count: jax.Array, dtype: Any) -> Options:
     )
 
 
-def number(value: Any) -> Any:
+def _as_number(value: Any) -> Any:
     """A hyperparameter as a Python float, in double precision, unless JAX computes it."""
     return value if isinstance(value, jax.Array) else as_float(value)
 
@@ -225,9 +223,9 @@ def number(value: Any) -> Any:
 
 @specialized
 def _gate(*, sums: list[jax.Array], dtype: Any, nonfinite: Nonfinite) -> tuple[jax.Array, jax.Array | None]:
-    """The sum of all squares, and whether the step counts: None if every step does."""
+    """The sum of all squared gradients, and whether the step counts: None if every step does."""
     total = sum(sums, start=jnp.zeros([], dtype))
-    # Of the square root, which is finite where the sum is: it keeps XLA from recomputing the sum for every leaf.
+    # The square root is finite where the sum is, and keeps XLA from recomputing the sum for every leaf.
     return total, None if nonfinite == "propagate" else jnp.isfinite(sqrt(total))
 
 
@@ -265,7 +263,7 @@ def _coefficients(
 ) -> tuple[jax.Array, jax.Array]:
     """(step_size, denom_scale) of each leaf, per unit of learning rate."""
     b1, b2, a = (cast(x, s.dtype) for x in (b1, b2, a))
-    # Where there has been no gradient yet, nothing is divided by.
+    # A leaf that has had no gradient yet would divide by a bias correction of 0.
     t, k = (jnp.maximum(x, 1).astype(s.dtype) for x in (steps, steps if s.ndim else count))
     s_hat = s / bias_correction(b2, k, jnp.expm1, _log)
     found = coefficients(1.0, b1, b2, None, a, t, s_hat, power=scale_power, expm1=jnp.expm1, log=_log)
@@ -298,7 +296,7 @@ def _update_leaves(
         if g is None:
             continue
         new_updates[i], mu[i], nu[i] = update_leaf(
-            index=place(i),
+            index=leaf_index(i),
             param=leaves.params[i] if leaves.decays[i] else None,
             gradient=g,
             mu=mu[i],

@@ -172,7 +172,7 @@ def import_state(
             skipped=_filled(node.skipped, fitted.skipped),
         )
 
-    # Steps that were skipped are updates for what is around.
+    # The transformations around ours were called in skipped steps, too.
     opt_state, kept = rewritten(opt_state, moved, lambda count: _filled(count, k + fitted.skipped))
     fitted.report.notes += [f"Not imported, and as it was in opt_state: {name}" for name in kept]
     return replaced(params, "param"), opt_state, fitted.report
@@ -208,7 +208,7 @@ def _filled(field: Any, value: Any) -> Any:
 
 
 def _like(old: Any, value: Any) -> Any:
-    """A new array of the old one's type and sharding; of NumPy or a Python number, where the old one is."""
+    """A value in place of an old one: a JAX array of its type and sharding, a NumPy array, or a Python number."""
     if isinstance(old, (bool, int, float, complex)):
         return type(old)(value)
     if isinstance(old, (np.ndarray, np.generic)):

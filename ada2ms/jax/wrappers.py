@@ -1,4 +1,4 @@
-"""States of Optax around the one that is handed over: which of their counts follow from it, and what stays behind."""
+"""The states of other Optax transformations around ours: which of their counts a hand-off sets, and what it leaves."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -11,7 +11,7 @@ from ada2ms.core.state import StateError
 from ada2ms.jax.step import ScaleByAda2MSState
 
 _NODES = (ScaleByAda2MSState, optax.ScaleByAdamState)
-# What is within one of these is not updated each time that the whole is: neither count follows from the other.
+# Not every call of these updates what is inside, so that a count inside does not tell a count outside.
 _RARER = (optax.MultiStepsState, optax.ConditionallyTransformState)
 # Beside a count of calls, in `inject_hyperparams` and `add_noise`. (The count of an average stays with the average.)
 _BESIDE = {"hyperparams", "hyperparams_states", "inner_state", "rng_key"}
@@ -33,7 +33,7 @@ def the_node(opt_state: optax.OptState) -> Any:
 def rewritten(
     opt_state: optax.OptState, new_node: Callable[[Any], Any], new_count: Callable[[Any], Any]
 ) -> tuple[optax.OptState, list[str]]:
-    """The states with another one of Ada2MS or Adam, and with those counts that follow from it.
+    """The states with that of Ada2MS or Adam replaced, and with the counts of updates around it set.
 
     Args:
         opt_state: with one state of Ada2MS or Adam in it.
@@ -41,7 +41,7 @@ def rewritten(
         new_count: makes of a count, whose type it has, the number of calls of `update`.
 
     Returns:
-        The states; and, as paths with the state's type, what does not follow and is as it was.
+        The states; and the paths of what was left as it was, each with the type of its state.
     """
     around = [x for x in _ancestors(opt_state) if isinstance(x, _RARER)]
     rewriting = _Rewriting(new_node, new_count, around[-1] if around else None)
@@ -49,7 +49,7 @@ def rewritten(
 
 
 def left_behind(opt_state: optax.OptState) -> list[str]:
-    """What an exported state does not hold, and cannot follow from it."""
+    """What an exported state does not hold: averages, accumulated gradients, counts that are not those of updates."""
     return rewritten(opt_state, lambda node: node, lambda count: count)[1]
 
 
@@ -61,7 +61,7 @@ class _Rewriting:
     kept: list[str] = field(default_factory=list)
 
     def state(self, x: Any, path: tuple[Any, ...], in_step: bool) -> Any:
-        """A state at a path, rewritten; `in_step` if it is updated as often as that of Ada2MS."""
+        """The state at a path, rewritten; `in_step` says whether it is updated as often as that of Ada2MS."""
         if _is_node(x):
             return self.new_node(x)
         if not _has_fields(x):
@@ -82,7 +82,7 @@ class _Rewriting:
         return x._replace(**fields)
 
     def _counts(self, x: Any, in_step: bool) -> set[str]:
-        """The fields that count calls of `update`: of Optax' own states only, since what others count is unknown."""
+        """The fields that count calls of `update`; only in Optax' own states, since what others count is unknown."""
         if x is self.innermost and isinstance(x, optax.MultiStepsState):
             return {"gradient_step"}
         if not in_step or type(x).__module__.partition(".")[0] != "optax":

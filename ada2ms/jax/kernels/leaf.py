@@ -44,21 +44,21 @@ def update_leaf(
     """(update, m, v) of one leaf; in at least float32, a complex leaf as pairs of reals.
 
     Args:
-        index: its place among the leaves, as `place` gives it.
-        param: its value, where it decays; else None.
-        gradient: of its shape.
-        mu: first moment, of its shape; of a complex leaf it may be pairs of reals along a new leading axis.
+        index: the leaf's position in `step_size` and `denom_scale`, as `leaf_index` gives it.
+        param: the parameter if it decays, else None.
+        gradient: of the parameter's shape.
+        mu: first moment, of the same shape; that of a complex leaf may be pairs of reals along a new leading axis.
         nu: elementwise second moment, likewise.
         step_size: of each leaf, m_hat = m * step_size.
         denom_scale: of each leaf, d = v^(a/2) * denom_scale + eps.
-        step_is_live: whether the step counts; None where every step does.
+        step_is_live: whether the step counts; None if every step does.
         numbers: of the hyperparameters.
         kind: how v^(a/2) is computed.
-        denom_can_be_zero: without eps, where v or s is 0.
+        denom_can_be_zero: whether d may be 0: if eps is, or is not known.
         dtype: of the update.
     """
-    # Read from memory, places are the same for XLA, and it compiles one loop for all leaves of a shape. A number alone
-    # would be made part of a leaf's loop; so each has another behind it.
+    # XLA compiles one loop for all leaves of a shape if their code is the same, so the index must not be a constant in
+    # it: the barrier hides its value. XLA would still fuse a scalar into the loop, hence an array of two.
     j = jax.lax.optimization_barrier(jnp.asarray(index))[0]  # type: ignore[no-untyped-call]
     pairs = jnp.iscomplexobj(gradient)
     wide = real_dtype(gradient, mu, nu)
@@ -70,7 +70,7 @@ def update_leaf(
     # d = v_hat^(a/2) * s_hat^((1-a)/2) + eps
     d = denom_power(v, numbers.exponent, kind) * denom_scale[j].astype(wide) + eps
     if denom_can_be_zero:
-        d = jnp.where(d == 0, jnp.inf, d)  # where nothing has moved yet, the update is 0
+        d = jnp.where(d == 0, jnp.inf, d)  # the update is then 0, not NaN
     update = from_reals(m * step_size[j].astype(wide) / d, pairs)
     if param is not None:
         wide = compute_dtype(update, param)
@@ -86,6 +86,6 @@ def select(step_is_live: Any, new: jax.Array, old: jax.Array) -> jax.Array:
     return new if step_is_live is None else jnp.where(step_is_live, new, old)
 
 
-def place(i: int) -> np.ndarray[Any, Any]:
-    """The `index` of the leaf at place i."""
+def leaf_index(i: int) -> np.ndarray[Any, Any]:
+    """The `index` of the leaf at position i."""
     return np.array([i, i + 1], np.uint32)
