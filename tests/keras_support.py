@@ -1,5 +1,6 @@
 """What the tests of the Keras optimizer share: variables, gradients, and the NumPy rule beside them."""
 
+from collections.abc import Callable
 from typing import Any
 
 import keras
@@ -63,6 +64,44 @@ def by_keras(values: list[Any], rows: list[list[Any]], **arguments: Any) -> list
 def assert_close(left: list[Any], right: list[Any], **bound: float) -> None:
     for x, y in zip(left, right, strict=True):
         np.testing.assert_allclose(x, y, **(bound or CLOSE))
+
+
+# AdamW and Ada2MS side by side
+
+START = np.array([[1.0, 2.0], [3.0, 4.0]], "float32")
+ONES = np.ones_like(START)
+UNEVEN = np.array([[3.0, -1.0], [0.5, 2.0]], "float32")
+Make = Callable[..., Any]
+
+
+def maker(cls: Any) -> Make:
+    """The class, with a learning rate of 0.1 where none is given."""
+    return lambda *args, **kwargs: cls(*args, **({"learning_rate": 0.1} if not args else {}), **kwargs)
+
+
+BOTH = pytest.mark.parametrize("make", [maker(keras.optimizers.AdamW), maker(Ada2MS)], ids=["AdamW", "Ada2MS"])
+
+
+def adamw_fails(request: pytest.FixtureRequest, cause: str) -> None:
+    """Expects the running test to fail for AdamW, and only for it."""
+    if "AdamW" in request.node.name:
+        request.applymarker(pytest.mark.xfail(strict=True, reason=f"Keras' AdamW: {cause}"))
+
+
+def variable(value: Any = START, **kwargs: Any) -> Any:
+    return keras.Variable(value, **kwargs)
+
+
+def after(optimizer: Any, *gradients: Any) -> Any:
+    """A variable's value after updates by these gradients."""
+    target = variable()
+    for g in gradients:
+        apply(optimizer, [g], [target])
+    return numpy(target)
+
+
+def slots(optimizer: Any, name: str) -> list[Any]:
+    return [numpy(v) for v in optimizer.variables if v.path.endswith(name)]
 
 
 @keras.saving.register_keras_serializable(package="test_keras")

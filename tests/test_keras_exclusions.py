@@ -224,6 +224,8 @@ def test_paths_of_one_model_are_found_in_another() -> None:
         assert by_list.found(there) == {1, 3}
         assert by_list.built(there, {1, 3}) is by_list
     assert by_list.found(paths[::-1]) == {0, 2}
+    # The same paths in the order of the other layer first, which but for numbers is the same order too.
+    assert Exclusions(var_list=("net/dense/bias",)).built(paths, {1}).found(paths[2:] + paths[:2]) == {3}
     assert by_list.found(without_scope[2:]) == {1}
     assert by_list.found(["dense_1/bias", "dense_1/kernel", "other/bias"]) == {0}  # another model
     assert Exclusions(var_list=("bias",)).found(["dense/bias", "bias"]) == {1}

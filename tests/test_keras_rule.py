@@ -125,7 +125,7 @@ def test_the_power_on_jax() -> None:
     import jax
     import jax.numpy as jnp
 
-    from ada2ms.tf._jax import power
+    from ada2ms.tf.kernels.power import power
 
     x = (2.0 ** np.random.default_rng(0).uniform(-126, 128, 100_000)).astype("float32")
     for h in (1e-3, 0.15, 0.4):

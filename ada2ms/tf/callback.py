@@ -7,8 +7,8 @@ import keras
 import numpy as np
 from keras import ops
 
+from ada2ms.core.coefficients import bias_correction
 from ada2ms.core.hyperparameters import value_at
-from ada2ms.core.spec import correction
 from ada2ms.tf.optimizer import Ada2MS
 
 
@@ -42,11 +42,12 @@ class Ada2MSLogger(keras.callbacks.Callback):  # type: ignore[misc]
         optimizer = self._optimizer()
         counts = optimizer._global_step if optimizer.scope == "model" else optimizer._steps
         s_hat = [
-            s / correction(optimizer.beta_2, int(count))
+            s / bias_correction(optimizer.beta_2, int(count))
             for s, count in zip(_numbers(optimizer._global_velocity), _numbers(counts), strict=True)
             if count > 0
         ]
         mean = float(np.mean(s_hat)) if s_hat else math.nan
+        # d = v_hat^(a/2) * s_hat^((1-a)/2) + eps, of an entry whose v_hat is s_hat
         d = math.sqrt(mean) + optimizer.epsilon
         adaptivity = value_at(optimizer.adaptivity, ops.cast(optimizer._global_step, "float32"))
         if logs is not None:

@@ -6,7 +6,7 @@ import keras
 
 from ada2ms.core.state import State, StateError
 from ada2ms.tf.layers import plain_layers
-from ada2ms.tf.state import export_state
+from ada2ms.tf.transfer import export_state
 
 
 def read(path: Path) -> State:

@@ -1,38 +1,26 @@
-"""The rule on keras.ops, as a Keras optimizer for each of Keras' backends."""
+"""Ada2MS as a Keras optimizer, on each of Keras' backends: arguments, state, and what is saved. See `step.py`."""
 
 import math
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import keras
-import numpy as np
 from keras import ops
 
 from ada2ms.core import schedules
-from ada2ms.core.hyperparameters import DEFAULT_NONFINITE, DEFAULT_SCOPE, DEFAULTS, Nonfinite, Scope, check, value_at
+from ada2ms.core.hyperparameters import DEFAULT_NONFINITE, DEFAULT_SCOPE, DEFAULTS, Nonfinite, Scope, check
+from ada2ms.tf import saving
+from ada2ms.tf.dtypes import compute_dtype, to_dense
 from ada2ms.tf.exclusions import Exclusions, path_of
+from ada2ms.tf.reduce import Reducing, Sums
+from ada2ms.tf.step import take_step
 
 Tensor = Any  # of whichever backend Keras runs on
 Variable = Any  # a keras.Variable, or the backend's own
 
-_SMALL_EPSILON = 1e-18  # what is smaller may be lost beside a global second moment, of at most 3e38, which leaves 0/0
-
-
-class Step(NamedTuple):
-    """What a step computes once for all variables; lists have an entry for each variable of the optimizer."""
-
-    finite: Tensor | None  # whether the step counts; None: it always does
-    weights: Sequence[Tensor | float]  # b1, 1 - b1, b2, 1 - b2; 1, 0, 1, 0 in a step that does not count
-    adaptivity: Tensor | float
-    decay: Tensor  # 1 - lr * weight_decay
-    # With c for what all entries of a variable have in common in v_hat^(a/2) * s_hat^((1-a)/2), so that d is
-    # c * (v^(a/2) + epsilon/c):
-    sizes: list[Tensor]  # lr / (1 - b1^t) / c
-    epsilons: list[Tensor]  # epsilon / c
-
 
 @keras.saving.register_keras_serializable(package="ada2ms")
-class Ada2MS(keras.optimizers.Optimizer):  # type: ignore[misc]
+class Ada2MS(Reducing):
     """Optimizer that implements the Ada2MS algorithm.
 
     Ada2MS is AdamW at `adaptivity=1`, momentum SGD whose step is normalised by one number for the whole model at
@@ -191,17 +179,20 @@ class Ada2MS(keras.optimizers.Optimizer):  # type: ignore[misc]
         super().build(variables)
         self._updated = tuple(i for i, v in enumerate(variables) if not self._overwrite_variable_with_gradient(v))
         self._find_excluded()
-        self._momentums, self._velocities = [None] * len(variables), [None] * len(variables)
+        momentums: list[Variable | None] = [None] * len(variables)
+        velocities = momentums.copy()
         for i in self._updated:
-            self._momentums[i] = self.add_variable_from_reference(variables[i], name="momentum")
-            self._velocities[i] = self.add_variable_from_reference(variables[i], name="velocity")
+            momentums[i] = self.add_variable_from_reference(variables[i], name="momentum")
+            velocities[i] = self.add_variable_from_reference(variables[i], name="velocity")
+        # At once: TensorFlow's checkpoints refuse lists of an object whose entries have been replaced.
+        self._momentums, self._velocities = momentums, velocities
 
         def add(name: str, dtype: str, shape: tuple[int, ...] = ()) -> Variable:
             return self.add_variable(shape, dtype=dtype, aggregation="only_first_replica", name=name)
 
         n = len(variables)
-        self._entries = tuple(math.prod(v.shape) for v in variables)
-        dtypes = {_precision(variables[i].dtype) for i in self._updated}
+        self._numel = tuple(math.prod(v.shape) for v in variables)
+        dtypes = {compute_dtype(variables[i].dtype) for i in self._updated}
         self._dtype = "float64" if "float64" in dtypes else "float32"
         self._global_velocity = add("global_velocity", self._dtype, () if self.scope == "model" else (n,))
         self._global_step = add("global_step", "int")
@@ -214,169 +205,13 @@ class Ada2MS(keras.optimizers.Optimizer):  # type: ignore[misc]
         Sparse gradients are made dense and 16-bit ones float32 first, so that Keras' own unscaling, accumulation and
         clipping neither take repeated rows apart nor overflow.
         """
-        super().apply([None if g is None else _dense(g) for g in grads], trainable_variables)
+        super().apply([None if g is None else to_dense(g) for g in grads], trainable_variables)
 
-    def update_step(self, gradient: Tensor, variable: Variable, step: Step) -> None:
-        """The rule, for one variable."""
-        i = self._get_variable_index(variable)
-        dtype = _precision(variable.dtype)
-        g, theta = ops.cast(gradient, dtype), ops.cast(variable, dtype)
-        m, v = ops.convert_to_tensor(self._momentums[i]), ops.convert_to_tensor(self._velocities[i])
-        b1, w1, b2, w2, a = (_cast(x, dtype) for x in (*step.weights, step.adaptivity))
-        if step.finite is not None:
-            g = ops.where(step.finite, g, 0.0)
-
-        m = b1 * m + w1 * g
-        # JAX would store g*g, had this and the sum of squares that in common. TensorFlow would regroup the other
-        # product, but not on every device, and copies of a variable would part.
-        v = b2 * v + ((w2 * g) * g if keras.backend.backend() == "jax" else w2 * ops.square(g))
-        d = _power(v, a / 2) + _cast(step.epsilons[i], dtype)
-        if self.epsilon < _SMALL_EPSILON:  # where nothing has moved yet, the update is 0
-            d = ops.where(d == 0, math.inf, d)
-        if self._decays(i):
-            theta = theta * _cast(step.decay, dtype)
-        theta = theta - _cast(step.sizes[i], dtype) / d * m
-
-        self.assign(self._momentums[i], m)
-        self.assign(self._velocities[i], v)
-        self.assign(variable, ops.cast(theta, variable.dtype))
-
-    def _decays(self, i: int) -> bool:
-        return bool(self.weight_decay) and i not in self._excluded
-
-    def _squares(self, gradients: list[Tensor], variables: Sequence[Variable]) -> tuple[Tensor, Tensor]:
-        """sum(g*g) of each, in one vector, and of all."""
-        if keras.backend.backend() == "torch":
-            from ada2ms.tf import _torch
-
-            squares = _torch.squares(gradients, self._dtype)
-        else:
-            each = [ops.square(ops.cast(g, self._dtype)) for g in gradients]
-            if keras.backend.backend() == "tensorflow":
-                squares = _sums(each, [math.prod(v.shape) for v in variables])
-            else:
-                squares = ops.stack([ops.sum(x) for x in each])
-        return squares, ops.sum(squares)
-
-    def _update(
-        self, gradients: list[Tensor], variables: list[Variable], learning_rate: Tensor, squares: Tensor, total: Tensor
-    ) -> None:
-        indices = [self._get_variable_index(v) for v in variables]
-        step = self._begin_step(indices, squares, total, learning_rate)
-        twice = len(set(indices)) < len(indices)  # lists of tensors are updated at once, which means otherwise then
-        if keras.backend.backend() != "torch" or twice:
-            for g, v in zip(gradients, variables, strict=True):
-                self.update_step(g, v, step)
-            return
-        from ada2ms.tf import _torch
-
-        if step.finite is None or step.finite:
-            _torch.update(
-                [v.value for v in variables],
-                gradients,
-                [self._momentums[i].value for i in indices],
-                [self._velocities[i].value for i in indices],
-                [step.sizes[i] for i in indices],
-                [step.epsilons[i] for i in indices],
-                [self._decays(i) for i in indices],
-                step.decay,
-                beta_1=self.beta_1,
-                beta_2=self.beta_2,
-                guarded=self.epsilon < _SMALL_EPSILON,
-                adaptivity=step.adaptivity,
-            )
-
-    def _begin_step(self, indices: list[int], squares: Tensor, total: Tensor, learning_rate: Tensor) -> Step:
-        """Moves the counts and the global second moment, given which variables have a gradient, and sum(g*g)."""
-        n = len(self._trainable_variables)
-        present = np.zeros(n, bool)
-        present[indices] = True
-        # Finite where the total is; but every variable asks, and XLA makes a total once more for many, and no root.
-        finite = ops.isfinite(ops.sqrt(total)) if self.nonfinite == "skip" else None
-
-        def kept(new: Tensor, old: Any) -> Tensor:
-            """The new value, or, in a step that is skipped, the old one."""
-            return new if finite is None else ops.where(finite, new, old)
-
-        # Schedules are given the count before this step.
-        a = value_at(self.adaptivity, ops.cast(self._global_step, self._dtype))
-        a = a if isinstance(a, float) else ops.cast(a, self._dtype)
-
-        k, t = ops.convert_to_tensor(self._global_step), ops.convert_to_tensor(self._steps)
-        new_k, new_t = k + 1, t + ops.convert_to_tensor(present.astype("int32"), t.dtype)
-        counted = ops.maximum(new_t, 1)  # a variable without any update yet has nothing to correct
-
-        s, b1, b2 = ops.convert_to_tensor(self._global_velocity), self.beta_1, self.beta_2
-        if self.scope == "model":
-            new_s = b2 * s + total * ((1 - b2) / max(sum(self._entries[i] for i in indices), 1))
-            s_hat = new_s / self._correction(b2, new_k)
-        else:
-            # A variable that is given twice moves its s once, by the mean of both.
-            shares = (1 - b2) / np.maximum(self._entries, 1) / np.maximum(np.bincount(indices, minlength=n), 1)
-            means = squares * ops.convert_to_tensor(shares[indices].astype(self._dtype))
-            if indices != list(range(n)):  # some have no gradient, or they are in another order
-                means = ops.scatter(ops.convert_to_tensor(np.array(indices)[:, None]), means, (n,))
-            new_s = ops.where(ops.convert_to_tensor(present), b2 * s + means, s)
-            s_hat = new_s / self._correction(b2, counted)
-
-        weights: Sequence[Tensor | float] = (b1, 1 - b1, b2, 1 - b2)
-        if finite is not None:
-            old = ops.convert_to_tensor([1.0, 0.0, 1.0, 0.0], self._dtype)
-            weights = ops.unstack(kept(ops.convert_to_tensor(weights, self._dtype), old), 4)
-        lr = ops.cast(learning_rate, self._dtype)
-        c = s_hat ** ((1 - a) / 2) / self._correction(b2, counted) ** (a / 2)
-        still = c == 0  # no gradient has been other than 0, or all squares were lost, and epsilon is all of d
-        c = ops.where(still, ops.convert_to_tensor(float(np.finfo(self._dtype).tiny) ** 0.5, self._dtype), c)
-        sizes = lr / self._correction(b1, counted) / c
-        if self.epsilon < _SMALL_EPSILON:
-            sizes = ops.where(still, 0, sizes)
-        step = Step(
-            finite,
-            weights,
-            adaptivity=a,
-            decay=kept(1 - lr * self.weight_decay, 1),
-            sizes=ops.unstack(kept(sizes, 0), n),
-            epsilons=ops.unstack(kept(self.epsilon / c, 1), n),
-        )
-        self.assign(self._global_velocity, kept(new_s, s))
-        self.assign(self._global_step, kept(new_k, k))
-        self.assign(self._steps, kept(new_t, t))
-        if finite is not None:
-            self.assign_add(self._skipped, ops.cast(ops.logical_not(finite), self._skipped.dtype))
-        return step
-
-    def _correction(self, beta: float, count: Tensor) -> Tensor:
-        """1 - beta**count, without the cancellation that costs 1 - beta**count its digits."""
-        count = ops.cast(count, self._dtype)
-        return -ops.expm1(count * math.log(beta)) if beta else ops.ones_like(count)
-
-    # The one place that is not Keras' public API. What is global must be computed after clipping, accumulation and
-    # unscaling, once per step, and with TensorFlow's distribution strategies from the gradients summed over replicas.
-    # These two hooks are called then and there: the first on every backend, the second, from within the first, on
-    # TensorFlow. Keras' own optimizers (Nadam and others) override them for the same reason.
-
-    def _backend_update_step(
-        self, grads: list[Tensor], trainable_variables: list[Variable], learning_rate: Tensor
-    ) -> None:
-        if keras.backend.backend() == "tensorflow":
-            super()._backend_update_step(grads, trainable_variables, learning_rate)
-        else:
-            self._update(grads, trainable_variables, learning_rate, *self._squares(grads, trainable_variables))
-
-    def _distributed_tf_update_step(
-        self, distribution: Any, grads_and_vars: list[tuple[Tensor, Variable]], learning_rate: Tensor
-    ) -> None:
-        def update(_: Variable, *args: Any) -> None:
-            self._update(*args)
-
-        grads, variables = zip(*grads_and_vars, strict=True)
-        # Sums are taken once: each replica's own might differ in the last digit, and replicas drift apart.
-        squares = self._squares([distribution.experimental_local_results(g)[0] for g in grads], variables)
-        args = (list(grads), list(variables), learning_rate, *squares)  # of which each replica is given its own
-        distribution.extended.update(self._global_velocity.value, update, args=args, group=False)
+    def _step(self, grads: Sequence[Tensor], variables: Sequence[Variable], learning_rate: Tensor, sums: Sums) -> None:
+        take_step(self, grads, variables, learning_rate, sums)
 
     def _apply_weight_decay(self, variables: list[Variable]) -> None:
-        """Does nothing: decay is part of `update_step`, in its precision, and skipped with it."""
+        """Does nothing: decay is part of the update, in its precision, and skipped with it."""
 
     def stateless_apply(
         self, optimizer_variables: list[Tensor], grads: list[Tensor], trainable_variables: list[Tensor]
@@ -394,12 +229,19 @@ class Ada2MS(keras.optimizers.Optimizer):  # type: ignore[misc]
     def exclude_from_weight_decay(
         self, var_list: list[Variable] | None = None, var_names: list[str] | None = None
     ) -> None:
-        """Excludes variables from weight decay; to be called before the optimizer is built.
+        """Excludes variables from weight decay, and no others: a further call replaces what was excluded.
+
+        Unlike in `keras.optimizers.AdamW`, what is excluded is part of the configuration: it is still excluded in a
+        model that has been saved and loaded, and by an optimizer that `from_config` makes. A training step that is
+        compiled keeps what was excluded when it was.
 
         Args:
             var_list: variables.
             var_names: regular expressions; variables are excluded whose path (`"encoder/dense/bias"`) or name
                 (`"bias"`) any of them matches somewhere. The same on every backend, unlike in `keras.optimizers.AdamW`.
+
+        Raises:
+            TypeError, ValueError: naming the argument.
         """
         self._exclusions = Exclusions.of(var_list, var_names)
         self._excluded_keys = frozenset(self._var_key(v) for v in var_list or ())
@@ -431,13 +273,9 @@ class Ada2MS(keras.optimizers.Optimizer):  # type: ignore[misc]
             dtype = "float32"
         return super().add_variable(shape, initializer, dtype, *args, **kwargs)
 
-    # What Keras saves, in `.keras` files among others. It numbers variables by their order, which is another one once a
-    # quantized model has been saved and loaded: there, its layers' scales come first.
-
     def save_own_variables(self, store: Any) -> None:
-        """Puts the state into a store of Keras, whose keys are numbers."""
-        for i, (variable, order) in enumerate(self._as_saved()):
-            store[str(i)] = variable.numpy() if order is None else variable.numpy()[order]
+        """Puts the state into a store of Keras; see `saving.py`."""
+        saving.save(self, store)
 
     def load_own_variables(self, store: Any) -> None:
         """Takes the state from a store of Keras; warns, as every Keras optimizer does, if it has other variables.
@@ -445,30 +283,8 @@ class Ada2MS(keras.optimizers.Optimizer):  # type: ignore[misc]
         Raises:
             ValueError: a shape is another; nothing has changed.
         """
-        saved = self._as_saved()
-        if len(saved) != len(store.keys()):
+        if not saving.load(self, store):
             super().load_own_variables(store)
-            return
-        arrays = [np.asarray(store[str(i)]) for i in range(len(saved))]
-        for (variable, _), array in zip(saved, arrays, strict=True):
-            if tuple(variable.shape) != array.shape:
-                shapes = f"shape {tuple(variable.shape)}; in what was saved it is {array.shape}"
-                raise ValueError(f"The state does not fit optimizer {self.name!r}: {variable.path!r} has {shapes}")
-        for (variable, order), array in zip(saved, arrays, strict=True):
-            variable.assign(array if order is None else array[np.argsort(order)])
-
-    def _as_saved(self) -> list[tuple[Variable, list[int] | None]]:
-        """The state's variables in order; and the order of those that have an entry for each variable.
-
-        Where no variable is overwritten by its gradient, these are the orders that they have anyway.
-        """
-        if not self.built:
-            return [(v, None) for v in self.variables]
-        order = sorted(range(len(self._trainable_variables)), key=lambda i: i not in self._updated)
-        per_variable = {id(self._steps), *([id(self._global_velocity)] if self.scope == "tensor" else [])}
-        accumulators = self._accumulated_gradients if self.gradient_accumulation_steps else []
-        moved = {id(old): accumulators[i] for old, i in zip(accumulators, order, strict=False)}
-        return [(moved.get(id(v), v), order if id(v) in per_variable else None) for v in self.variables]
 
     def get_config(self) -> dict[str, Any]:
         """The arguments, as plain data that `from_config` takes."""
@@ -505,57 +321,7 @@ class Ada2MS(keras.optimizers.Optimizer):  # type: ignore[misc]
         return optimizer
 
 
-# compile(optimizer="ada2ms"), and as the class is called, since Keras' own go by both
+Ada2MS.__module__ = "ada2ms.tf"  # where pickles and `.keras` files look for it
+
+# For compile(optimizer="ada2ms"); the class's own name too, since Keras' optimizers go by both.
 keras.saving.get_custom_objects().update({"ada2ms": Ada2MS, "Ada2MS": Ada2MS})
-
-
-def _precision(dtype: Any) -> str:
-    """The precision in which a variable is updated and its state kept."""
-    return "float64" if keras.backend.standardize_dtype(dtype) == "float64" else "float32"
-
-
-def _cast(x: Tensor | float, dtype: str) -> Tensor | float:
-    """A float stays one, which `_power` may know how to raise to, and does not widen tensors."""
-    return x if isinstance(x, float) else ops.cast(x, dtype)
-
-
-def _dense(gradient: Tensor) -> Tensor:
-    """A dense gradient, in at least float32; repeated rows of a sparse one are summed."""
-    if str(gradient.dtype) in ("torch.float32", "torch.float64"):
-        return gradient  # what follows would change nothing, slowly
-    if hasattr(gradient, "dense_shape"):  # tf.IndexedSlices, which keras.ops would take for a tensor of its rows
-        import tensorflow as tf
-
-        gradient = tf.convert_to_tensor(gradient)
-    gradient = ops.convert_to_tensor(gradient, sparse=False)
-    return ops.cast(gradient, _precision(gradient.dtype))
-
-
-def _sums(tensors: list[Tensor], entries: list[int]) -> Tensor:
-    """The sum of each, in one vector, for TensorFlow, whose XLA adds one number after the other on a CPU.
-
-    Over rows it does not; but it would make one sum of two: hence a mean. Without XLA this is about as fast as
-    tf.nn.l2_loss, which stores no squares, since `update_step` asks for the same squares, and they are made once.
-    """
-    rows = [math.gcd(n, 32) for n in entries]
-    means = [ops.mean(ops.reshape(x, (r, n // r)), axis=0) for x, n, r in zip(tensors, entries, rows, strict=True)]
-    return ops.stack([ops.sum(x) for x in means]) * ops.convert_to_tensor(rows, tensors[0].dtype)
-
-
-def _power(x: Tensor, exponent: Tensor | float) -> Tensor:
-    """x**exponent for x >= 0 and exponents in [0, 0.5], several times faster than ops.power."""
-    if isinstance(exponent, float):
-        if exponent == 0.0:  # adaptivity 0
-            return 1.0
-        if exponent == 0.25:  # adaptivity 0.5
-            return ops.sqrt(ops.sqrt(x))
-        if exponent == 0.5:  # adaptivity 1
-            return ops.sqrt(x)
-    if keras.backend.backend() == "jax" and x.dtype == "float32":
-        from ada2ms.tf import _jax
-
-        return _jax.power(x, ops.cast(exponent, "float32"))
-    logarithm = ops.log(x)
-    if not isinstance(exponent, float):
-        logarithm = ops.maximum(logarithm, -1e30)  # finite: 0**0 = 1
-    return ops.exp(exponent * logarithm)

@@ -7,24 +7,28 @@ import keras
 import numpy as np
 from keras import ops
 
+from ada2ms.core import state as core
+from ada2ms.core.hyperparameters import from_arguments
 from ada2ms.core.state import (
     Axes,
     Entry,
+    Fitted,
     Group,
     Names,
     Report,
     State,
     StateError,
     Target,
-    inward,
-    outward,
+    from_portable,
+    only_count,
+    optimizer_problems,
     plain_hyperparameters,
+    to_portable,
 )
 from ada2ms.tf.optimizer import Ada2MS
 
 Variable = Any
 Model: TypeAlias = keras.Model | Sequence[Variable]
-_HYPERPARAMETERS = {"b1": "beta_1", "b2": "beta_2", "eps": "epsilon", "weight_decay": "weight_decay"}
 
 
 def export_state(
@@ -39,7 +43,7 @@ def export_state(
 
     Args:
         model: the model, or its trainable variables. A variable's name here is its path, `"sequential/dense/kernel"`.
-        optimizer: `Ada2MS`, `keras.optimizers.AdamW` or `Adam`, built.
+        optimizer: `Ada2MS`, `keras.optimizers.AdamW` or `Adam`, built; or a `LossScaleOptimizer` of one.
         names: what the state is to call a variable, for each path here, as a mapping or a function; those left out keep
             their paths.
         axes: for a path here, how an array of the state is to be transposed to have this layout; as in `import_state`.
@@ -56,34 +60,27 @@ def export_state(
         raise StateError("The optimizer does not fit", ["it is not built: it has no state yet"])
     ours = isinstance(optimizer, Ada2MS)
     k = int(_numpy(optimizer._global_step if ours else optimizer.iterations))
-    entries = {}
-    for path, (i, variable) in _variables(model, optimizer).items():
-        entries[path] = Entry(
+    entries = {
+        path: Entry(
             exp_avg=_numpy(optimizer._momentums[i]),
             exp_avg_sq=_numpy(optimizer._velocities[i]),
             step=int(_numpy(optimizer._steps)[i]) if ours else k,
-            global_exp_avg_sq=float(_numpy(optimizer._global_velocity)[i])
-            if ours and optimizer.scope == "tensor"
-            else None,
+            global_exp_avg_sq=_own_global(optimizer, i),
             param=_numpy(variable) if values else None,
         )
-    entries, renamed = outward(entries, names, axes, _paths(model))
-    hyper = {name: getattr(optimizer, argument) for name, argument in _HYPERPARAMETERS.items()}
-    hyper["weight_decay"] = hyper["weight_decay"] or 0.0  # None is how Keras says so
-    config = optimizer.get_config()["learning_rate"]
-    hyper["lr"] = config if isinstance(config, float) else None
-    hyper["adaptivity"] = getattr(optimizer, "adaptivity", None)
-    group = Group(list(renamed.values()), plain_hyperparameters(hyper))
-    notes = _left_behind(model, wrapper, optimizer)
+        for path, (i, variable) in _variables(model, optimizer).items()
+    }
+    entries, renamed = to_portable(entries, names, axes, _paths(model))
+    group = Group(list(renamed.values()), _hyperparameters(optimizer))
     source = f"keras {keras.__version__} on {keras.backend.backend()}: {type(optimizer).__name__}"
+    notes = _left_behind(model, wrapper, optimizer)
     if not ours:
         return State(entries, [group], source=source, notes=notes)
     group.global_step = k
     if optimizer.scope == "model":
         group.global_exp_avg_sq = float(_numpy(optimizer._global_velocity))
-    skipped = int(_numpy(optimizer._skipped))
     choices = {"scope": optimizer.scope, "nonfinite": optimizer.nonfinite}
-    return State(entries, [group], **choices, skipped=skipped, source=source, notes=notes)
+    return State(entries, [group], **choices, skipped=int(_numpy(optimizer._skipped)), source=source, notes=notes)
 
 
 def import_state(
@@ -98,14 +95,15 @@ def import_state(
 ) -> Report:
     """Gives an optimizer, and the variables, a state of any framework; hyperparameters stay as they are.
 
-    It goes on as if it were new, whatever it was used for: gradients that it had accumulated are dropped, moving
+    It goes on as a new one would, whatever it was used for: gradients that it has accumulated are dropped, moving
     averages of the variables (`use_ema`) start from the variables' values, and a `LossScaleOptimizer` from its
     `initial_scale`. `iterations`, which learning-rate schedules are given, becomes the number of updates, with those
     that were skipped (of micro-steps, with `gradient_accumulation_steps`).
 
     Args:
         model: the model, or its trainable variables. A variable's name here is its path, `"sequential/dense/kernel"`.
-        optimizer: `Ada2MS`, `keras.optimizers.AdamW` or `Adam`; it is built if it is not yet.
+        optimizer: `Ada2MS`, `keras.optimizers.AdamW` or `Adam`, or a `LossScaleOptimizer` of one; it is built if it is
+            not yet.
         state: of `export_state`, in this framework or another, or of a file.
         names: what the state calls a variable, for each path here, as a mapping or a function; those left out have the
             same name.
@@ -122,54 +120,26 @@ def import_state(
     """
     wrapper, optimizer = optimizer, _inner(optimizer)
     optimizer.build(list(model.trainable_variables if isinstance(model, keras.Model) else model))
-    ours = isinstance(optimizer, Ada2MS)
     variables = _variables(model, optimizer)
-    targets = {
-        path: Target(
-            tuple(v.shape),
-            {
-                "param": keras.backend.standardize_dtype(v.dtype),
-                "exp_avg": keras.backend.standardize_dtype(optimizer._momentums[i].dtype),
-                "exp_avg_sq": keras.backend.standardize_dtype(optimizer._velocities[i].dtype),
-            },
-        )
-        for path, (i, v) in variables.items()
-    }
-    fitted = inward(
+    fitted = from_portable(
         state,
-        targets,
+        {path: _target(optimizer, i, v) for path, (i, v) in variables.items()},
         names=names,
         axes=axes,
-        scope=optimizer.scope if ours else None,
+        scope=optimizer.scope if isinstance(optimizer, Ada2MS) else None,
         values=values,
         cast=cast,
         others=_paths(model),
     )
-    s, k = fitted.groups[0]
-    counts = {entry.step for entry in fitted.entries.values()}
-    if not ours:
-        if len(counts) > 1:
-            reason = (
-                f"{type(optimizer).__name__} has one count of updates; the state's parameters have {sorted(counts)}"
-            )
-            raise StateError("The state does not fit", [reason])
-        k = max(counts, default=0)
-    steps, own = np.zeros(len(optimizer._momentums), int), np.zeros(len(optimizer._momentums))
+    calls = _assign_counts(optimizer, fitted, variables)
     for path, (i, variable) in variables.items():
         entry = fitted.entries[path]
         _assign(optimizer._momentums[i], entry.exp_avg)
         _assign(optimizer._velocities[i], entry.exp_avg_sq)
-        steps[i], own[i] = entry.step, entry.global_exp_avg_sq or 0.0
         if entry.param is not None:
             _assign(variable, entry.param)
     fitted.report.notes += [*_unknown(model, optimizer), *_restart(wrapper, optimizer)]
-    calls = k + fitted.skipped if ours else k  # AdamW's own count is this one
     _assign(optimizer._iterations, np.array(calls * (optimizer.gradient_accumulation_steps or 1)))
-    if ours:
-        _assign(optimizer._global_step, np.array(k))
-        _assign(optimizer._steps, steps)
-        _assign(optimizer._global_velocity, own if optimizer.scope == "tensor" else np.array(s or 0.0))
-        _assign(optimizer._skipped, np.array(fitted.skipped))
     return fitted.report
 
 
@@ -179,25 +149,67 @@ def arguments(state: State) -> dict[str, Any]:
     Raises:
         StateError: the state has groups that differ.
     """
-    names = {**_HYPERPARAMETERS, "lr": "learning_rate"}
-    hyper = {names.get(name, name): value for name, value in state.hyper().items()}
-    return {**hyper, "scope": state.scope, "nonfinite": state.nonfinite}
+    return core.arguments(state, "keras")
 
 
 def _inner(optimizer: keras.optimizers.Optimizer) -> keras.optimizers.Optimizer:
     optimizer = getattr(optimizer, "inner_optimizer", optimizer)  # of a LossScaleOptimizer
-    if not isinstance(optimizer, (Ada2MS, keras.optimizers.Adam)):  # AdamW is an Adam
-        reason = f"{type(optimizer).__name__} has another state (must be Ada2MS, AdamW or Adam)"
-        raise StateError("The optimizer does not fit", [reason])
-    if getattr(optimizer, "amsgrad", False):
-        raise StateError(
-            "The optimizer does not fit", ["amsgrad: its largest second moments are no part of this state"]
-        )
+    problems = optimizer_problems(
+        type(optimizer).__name__,
+        known=isinstance(optimizer, (Ada2MS, keras.optimizers.Adam)),  # AdamW is an Adam
+        amsgrad=bool(getattr(optimizer, "amsgrad", False)),
+    )
+    if problems:
+        raise StateError("The optimizer does not fit", problems)
     return optimizer
 
 
+def _hyperparameters(optimizer: keras.optimizers.Optimizer) -> dict[str, Any]:
+    """Those that are plain data, by the rule's names."""
+    given = {name: getattr(optimizer, name, None) for name in ("beta_1", "beta_2", "epsilon", "adaptivity")}
+    given["weight_decay"] = optimizer.weight_decay or 0.0  # None is how Keras says so
+    learning_rate = optimizer.get_config()["learning_rate"]
+    given["learning_rate"] = learning_rate if isinstance(learning_rate, float) else None
+    return plain_hyperparameters(from_arguments(given, "keras"))
+
+
+def _own_global(optimizer: keras.optimizers.Optimizer, i: int) -> float | None:
+    """A variable's own global second moment, in scope "tensor"."""
+    if not isinstance(optimizer, Ada2MS) or optimizer.scope != "tensor":
+        return None
+    return float(_numpy(optimizer._global_velocity)[i])
+
+
+def _target(optimizer: keras.optimizers.Optimizer, i: int, variable: Variable) -> Target:
+    slots = {"param": variable, "exp_avg": optimizer._momentums[i], "exp_avg_sq": optimizer._velocities[i]}
+    return Target(tuple(variable.shape), {slot: keras.backend.standardize_dtype(v.dtype) for slot, v in slots.items()})
+
+
+def _assign_counts(
+    optimizer: keras.optimizers.Optimizer, fitted: Fitted, variables: dict[str, tuple[int, Variable]]
+) -> int:
+    """Assigns counts and global second moments; the number of steps that there have been.
+
+    Raises:
+        StateError: an optimizer with one count is given several; nothing has changed.
+    """
+    if not isinstance(optimizer, Ada2MS):
+        return only_count(fitted.entries.values(), type(optimizer).__name__)
+    s, k = fitted.groups[0]
+    n = len(optimizer._momentums)
+    steps, own = np.zeros(n, int), np.zeros(n)
+    for path, (i, _) in variables.items():
+        entry = fitted.entries[path]
+        steps[i], own[i] = entry.step, entry.global_exp_avg_sq or 0.0
+    _assign(optimizer._global_step, np.array(k))
+    _assign(optimizer._steps, steps)
+    _assign(optimizer._global_velocity, own if optimizer.scope == "tensor" else np.array(s or 0.0))
+    _assign(optimizer._skipped, np.array(fitted.skipped))
+    return k + fitted.skipped
+
+
 def _variables(model: Model, optimizer: keras.optimizers.Optimizer) -> dict[str, tuple[int, Variable]]:
-    """By path: index in the optimizer, and variable, of those that it updates; frozen since it was built, or not."""
+    """By path: index in the optimizer, and variable, of all that it updates, whether or not they are frozen by now."""
     given = model.variables if isinstance(model, keras.Model) else model
     index = {id(v): i for i, v in enumerate(optimizer._trainable_variables) if optimizer._momentums[i] is not None}
     found: dict[str, tuple[int, Variable]] = {}
@@ -216,19 +228,16 @@ def _unknown(model: Model, optimizer: keras.optimizers.Optimizer) -> list[str]:
     """Notes of variables that are trained, or given, and of which this optimizer has nothing."""
     known = {id(v) for v in optimizer._trainable_variables}
     given = model.trainable_variables if isinstance(model, keras.Model) else model
-    return [
-        f"{v.path!r} is not among the variables that the optimizer was built with" for v in given if id(v) not in known
-    ]
+    unknown = [v.path for v in given if id(v) not in known]
+    return [f"{path!r} is not among the variables that the optimizer was built with" for path in unknown]
 
 
 def _left_behind(model: Model, wrapper: keras.optimizers.Optimizer, optimizer: keras.optimizers.Optimizer) -> list[str]:
     """Notes of what an export does not take along."""
     notes = _unknown(model, optimizer)
     if waiting := _accumulated(optimizer):
-        notes.append(
-            f"gradients of {waiting} of {optimizer.gradient_accumulation_steps} steps, accumulated for the next"
-        )
-        notes[-1] += " update, are not in this state"
+        gradients = f"gradients of {waiting} of {optimizer.gradient_accumulation_steps} steps"
+        notes.append(f"{gradients}, accumulated for the next update, are not in this state")
     if optimizer.use_ema:
         notes.append("the moving averages of the variables (use_ema) are not in this state")
     if wrapper is not optimizer and wrapper.built:
@@ -237,7 +246,7 @@ def _left_behind(model: Model, wrapper: keras.optimizers.Optimizer, optimizer: k
 
 
 def _restart(wrapper: keras.optimizers.Optimizer, optimizer: keras.optimizers.Optimizer) -> list[str]:
-    """Makes what Keras keeps around the state as it is in a new optimizer; notes of what that has changed."""
+    """Sets what Keras keeps around the state as it is in a new optimizer; notes of what that has changed."""
     notes = []
     if optimizer.gradient_accumulation_steps:
         if waiting := _accumulated(optimizer):
@@ -248,8 +257,8 @@ def _restart(wrapper: keras.optimizers.Optimizer, optimizer: keras.optimizers.Op
         notes.append("the moving averages of the variables (use_ema) start from the variables' values")
         pairs = zip(optimizer._model_variables_moving_average, optimizer._trainable_variables, strict=True)
         for average, variable in pairs:
-            if average is not None:  # as it is of variables that their gradients overwrite
-                _assign(average, _numpy(variable))  # a copy: JAX gives a buffer away that two variables share
+            if average is not None:  # a variable that its gradients overwrite has none
+                _assign(average, _numpy(variable))  # a copy, since JAX cannot donate a buffer that two variables share
     if wrapper is not optimizer and wrapper.built:
         notes.append(f"the loss scale starts from {wrapper.initial_scale}; here it was {_numpy(wrapper.dynamic_scale)}")
         _assign(wrapper.dynamic_scale, np.array(wrapper.initial_scale))
