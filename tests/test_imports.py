@@ -121,6 +121,12 @@ def test_unknown_attribute() -> None:
         ada2ms.tensorflow  # noqa: B018
 
 
+def test_a_missing_backend_of_keras_is_named() -> None:
+    code = "try:\n    import ada2ms.tf\nexcept ImportError as error:\n    print(error.name, error)"
+    said = run(code, "tensorflow", "tensorflow")
+    assert said.startswith("tensorflow ada2ms.tf needs a backend of Keras, and tensorflow is not installed")
+
+
 ENTRY_POINTS = [
     ("rich", ["ada2ms", "demo"], "The demo needs rich: pip install 'ada2ms[demo]'"),
     ("sklearn", ["ada2ms", "demo"], "The demo needs sklearn: pip install 'ada2ms[demo]'"),

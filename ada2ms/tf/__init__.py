@@ -12,7 +12,14 @@ from ada2ms._extras import require
 
 require("keras", "tf")
 
-import keras
+try:
+    import keras
+except ModuleNotFoundError as error:  # of Keras' backend
+    raise ImportError(
+        f"ada2ms.tf needs a backend of Keras, and {error.name} is not installed: install it, or choose another by the "
+        "environment variable KERAS_BACKEND (tensorflow, jax or torch)",
+        name=error.name,
+    ) from None
 
 if int(keras.__version__.partition(".")[0]) < 3:
     raise ImportError(
