@@ -32,12 +32,9 @@ STAMP = VENV / "up-to-date"
 KERAS_BACKENDS = ("tensorflow", "jax", "torch")
 LABEL = 18  # the width of the labels
 TESTS = {  # the files of tests that belong to one framework; all others are for none or for several
-    name: sorted(str(path.relative_to(ROOT)) for pattern in patterns for path in (ROOT / "tests").glob(pattern))
-    for name, patterns in {
-        "torch": ("test_torch*.py", "test_compare.py"),
-        "jax": ("test_jax*.py",),
-        "keras": ("test_keras*.py",),
-    }.items()
+    "torch": ("test_torch*.py", "test_compare.py"),
+    "jax": ("test_jax*.py",),
+    "keras": ("test_keras*.py",),
 }
 
 
@@ -82,6 +79,7 @@ def run(job: Job, shared: str) -> bool:
     environment["SHARED_TRAJECTORIES"] = shared  # see tests/test_trajectories.py
     environment["JAX_COMPILATION_CACHE_DIR"] = os.path.join(shared, "jax")  # what several tests compile, once for all
     environment["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
+    environment["PYTHONDONTWRITEBYTECODE"] = ""  # pytest rewrites tests for seconds, and the next process reads them
     environment["PATH"] = os.pathsep.join([str(PYTHON.parent), environment.get("PATH", "")])  # for ninja
     start = time.monotonic()
     command = [PYTHON, "-m", *job.command]
@@ -117,15 +115,24 @@ def pytest(label: str, marks: str, *arguments: str, keras_backend: str = "tensor
     return Job(label, ("pytest", "--quiet", "-m", marks, *arguments), keras_backend)
 
 
+def files(framework: str) -> list[str]:
+    return sorted(str(path.relative_to(ROOT)) for name in TESTS[framework] for path in (ROOT / "tests").glob(name))
+
+
+def without(*frameworks: str) -> list[str]:
+    return [f"--ignore-glob=*/{name}" for framework in frameworks for name in TESTS[framework]]
+
+
 def lanes(marks: str) -> list[Job]:
     """Every test with these marks once, and those that use Keras once for each of its backends."""
-    own = [f"--ignore={path}" for name in ("torch", "jax") for path in TESTS[name]]
-    others = [*own, *(f"--ignore={path}" for path in TESTS["keras"])]
     return [  # the first leaves trajectories that those of Keras take up
-        pytest("several", f"not keras and {marks}", *others),
-        pytest("JAX", f"not keras and {marks}", *TESTS["jax"]),
-        pytest("PyTorch", f"not keras and {marks}", *TESTS["torch"]),
-        *(pytest(f"Keras on {name}", f"keras and {marks}", *own, keras_backend=name) for name in KERAS_BACKENDS),
+        pytest("several", f"not keras and {marks}", *without("torch", "jax", "keras")),
+        pytest("JAX", f"not keras and {marks}", *files("jax")),
+        pytest("PyTorch", f"not keras and {marks}", *files("torch")),
+        *(
+            pytest(f"Keras on {name}", f"keras and {marks}", *without("torch", "jax"), keras_backend=name)
+            for name in KERAS_BACKENDS
+        ),
     ]
 
 
@@ -151,7 +158,7 @@ def quick() -> list[Job]:
 
 
 def slow() -> list[Job]:
-    own = pytest("Keras", "not keras and slow", *TESTS["keras"])  # these choose a backend, in processes of their own
+    own = pytest("Keras", "not keras and slow", *files("keras"))  # these choose a backend, in processes of their own
     return [own, *lanes("slow")]
 
 

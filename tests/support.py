@@ -21,6 +21,11 @@ needs_compiler = pytest.mark.skipif(
 )
 
 
+def slow(*values: Any) -> list[Any]:
+    """More values of a parameter, for `python dev.py slow`: what they cost there, they seldom find."""
+    return [pytest.param(value, marks=pytest.mark.slow) for value in values]
+
+
 @dataclass
 class Snapshot:
     """Parameters and state after some steps. Lists have an entry for each parameter, group after group; `k` for each

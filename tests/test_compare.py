@@ -233,7 +233,8 @@ def test_cifar(layout: str, classes: int, sizes: int, tmp_path: Path) -> None:
     assert np.array_equal(found.test[0], again.test[0])
 
 
-@pytest.mark.parametrize("layout", ["cifar-10-batches-py", pytest.param("cifar-100-python", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("layout", ["cifar-10-batches-py", "cifar-100-python"])
 def test_a_comparison_on_cifar(layout: str, tmp_path: Path) -> None:
     write_cifar(tmp_path, layout, np.random.default_rng(0))
     out = tmp_path / "out"

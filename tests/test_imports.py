@@ -70,45 +70,46 @@ def test_core_loads_no_framework(code: str) -> None:
     assert (error, loaded) == ("", [])
 
 
-def first(backend: str) -> Any:
-    """After the import of a backend, and of nothing before it."""
-    if backend == "tf":
-        return missing("torch", "jax")[0]
-    return probe(f"import ada2ms.{backend}")[0]
+# What is not installed beside TensorFlow, the backend of Keras, and what each room then lacks; the other rooms work.
+LACKING: list[tuple[tuple[str, ...], str, dict[str, str]]] = [
+    (("torch", "optax"), "jax", {"torch": "torch", "jax": "optax"}),
+    (("keras",), "jax", {"tf": "keras"}),
+    (("jax",), "torch", {"jax": "jax"}),
+]
 
 
-def missing(absent: str, keras_backend: str) -> list[Any]:
-    """Without a framework, and without TensorFlow: after the import of each backend, Keras' first."""
-    statements = [f"import ada2ms.{backend}" for backend in ("tf", "torch", "jax")]
-    return probe(*statements, absent=(absent, "tensorflow"), keras_backend=keras_backend)
+def imports_without(absent: tuple[str, ...], keras_backend: str) -> list[Any]:
+    """After the import of each backend, Keras' first."""
+    statements = [f"import ada2ms.{room}" for room in ("tf", "torch", "jax")]
+    return probe(*statements, absent=(*absent, "tensorflow"), keras_backend=keras_backend)
 
 
 @pytest.mark.parametrize(("backend", "own"), [("torch", ["torch"]), ("jax", ["jax", "optax"])])
 def test_a_backend_loads_its_own_framework_only(backend: str, own: list[str]) -> None:
     """Keras loads others itself, as it pleases."""
-    error, loaded, _ = first(backend)
+    error, loaded, _ = probe(f"import ada2ms.{backend}")[0]
     assert (error, loaded) == ("", own)
 
 
 @pytest.mark.parametrize("backend", ["torch", "tf", "jax"])
 def test_a_backend_loads_no_other_backend(backend: str) -> None:
-    error, _, rooms = first(backend)
+    found = imports_without(*LACKING[0][:2]) if backend == "tf" else probe(f"import ada2ms.{backend}")
+    error, _, rooms = found[0]
     assert (error, rooms) == ("", sorted(["_extras", backend, "core"]))
 
 
-@pytest.mark.parametrize(
-    ("absent", "extra", "keras_backend"),
-    [("torch", "torch", "jax"), ("keras", "tf", "jax"), ("jax", "jax", "torch"), ("optax", "jax", "jax")],
-)
-def test_a_missing_framework_is_named_and_the_others_work(absent: str, extra: str, keras_backend: str) -> None:
-    wanted = f"{absent} ada2ms.{extra} needs {absent}, which is not installed: pip install 'ada2ms[{extra}]'"
-    errors = [error for error, _, _ in missing(absent, keras_backend)]
-    assert errors == [wanted if backend == extra else "" for backend in ("tf", "torch", "jax")]
+@pytest.mark.parametrize(("absent", "keras_backend", "lacking"), LACKING)
+def test_a_missing_framework_is_named_and_the_others_work(
+    absent: tuple[str, ...], keras_backend: str, lacking: dict[str, str]
+) -> None:
+    said = "{1} ada2ms.{0} needs {1}, which is not installed: pip install 'ada2ms[{0}]'"
+    wanted = {room: said.format(room, lacking[room]) if room in lacking else "" for room in ("tf", "torch", "jax")}
+    assert [error for error, _, _ in imports_without(absent, keras_backend)] == list(wanted.values())
 
 
-@pytest.mark.parametrize(("keras_backend", "absent"), [("torch", "jax"), ("jax", "torch")])
-def test_keras_backend_needs_no_tensorflow(keras_backend: str, absent: str) -> None:
-    error, loaded, _ = missing(absent, keras_backend)[0]
+@pytest.mark.parametrize(("absent", "keras_backend"), [(x, y) for x, y, lacking in LACKING if "tf" not in lacking])
+def test_keras_backend_needs_no_tensorflow(absent: tuple[str, ...], keras_backend: str) -> None:
+    error, loaded, _ = imports_without(absent, keras_backend)[0]
     assert error == ""
     assert keras_backend in loaded
     assert "tensorflow" not in loaded

@@ -15,6 +15,7 @@ from ada2ms import core
 from ada2ms.jax import ada2ms, scale_by_ada2ms
 from ada2ms.jax import optimizer as optimizer_module
 from ada2ms.jax.kernels.power import power
+from support import slow
 
 # The rule, against independent implementations
 
@@ -34,7 +35,7 @@ def test_adaptivity_1_is_optax_adamw(x64: bool) -> None:
 
 
 @pytest.mark.parametrize("scope", ["model", "tensor"])
-@pytest.mark.parametrize("adaptivity", [0.5, core.Cosine(1.0, 0.1, 10)])
+@pytest.mark.parametrize("adaptivity", [core.Cosine(1.0, 0.1, 10), *slow(0.5)])
 def test_whole_surface_follows_the_numpy_rule(scope: Any, adaptivity: Any) -> None:
     """With missing and non-finite gradients and schedules of everything, in float64: within 1e-12 of the updates."""
     with jax.enable_x64(True):
@@ -144,9 +145,11 @@ def test_schedules_are_given_the_count_of_completed_updates() -> None:
 @pytest.mark.parametrize(
     "schedules",
     [
-        (core.Linear(1.0, 0.2, 8), optax.linear_schedule(1.0, 0.2, 8)),
         (core.Cosine(1.0, 0.2, 8), lambda k: 0.2 + optax.cosine_decay_schedule(0.8, 8)(k)),
-        (core.Exponential(1.0, 0.2, 8), lambda k: 0.2 + optax.exponential_decay(0.8, 8, 0.5)(k)),
+        *slow(
+            (core.Linear(1.0, 0.2, 8), optax.linear_schedule(1.0, 0.2, 8)),
+            (core.Exponential(1.0, 0.2, 8), lambda k: 0.2 + optax.exponential_decay(0.8, 8, 0.5)(k)),
+        ),
     ],
 )
 def test_schedules_of_core_and_of_optax(schedules: tuple[Any, Any]) -> None:
@@ -226,7 +229,7 @@ def test_learning_rate_0_moves_nothing() -> None:
 # Precision
 
 
-@pytest.mark.parametrize("dtype", [jnp.float16, jnp.bfloat16])
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, *slow(jnp.float16)])
 def test_16_bits_compute_in_float32_and_round_once(dtype: Any) -> None:
     params, gradients = tree(0, dtype), [tree(i, dtype) for i in range(1, 9)]
     optimizer = ada2ms(0.1, weight_decay=0.1)

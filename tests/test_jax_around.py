@@ -9,6 +9,7 @@ import pytest
 from jax_support import EPSILON, assert_close, assert_equal, train, tree
 
 from ada2ms.jax import ada2ms, export_state, import_state, scale_by_ada2ms
+from support import slow
 
 RATE = optax.linear_schedule(0.1, 0.0, 10)
 BROKEN = {**tree(7), "vector": tree(7)["vector"].at[1].set(jnp.nan)}
@@ -38,8 +39,10 @@ FOLLOW = {
     "skipped steps": lambda: optax.inject_hyperparams(ada2ms, static_args=("nonfinite",))(RATE, nonfinite="skip"),
 }
 
+SELDOM = ("inject_hyperparams, adamw", "scale_by_learning_rate", "masked decay", "partition after")
 
-@pytest.mark.parametrize("made", FOLLOW)
+
+@pytest.mark.parametrize("made", [*(name for name in FOLLOW if name not in SELDOM), *slow(*SELDOM)])
 def test_counts_that_follow_are_moved(made: str) -> None:
     """After a hand-off to a fresh optimizer the states are what they were, and so is the next step."""
     optimizer = FOLLOW[made]()

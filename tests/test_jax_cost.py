@@ -17,6 +17,7 @@ import pytest
 
 from ada2ms.core import Linear
 from ada2ms.jax import ada2ms
+from support import slow
 
 pytestmark = pytest.mark.skipif(
     jax.__version_info__ < (0, 10), reason="on a CPU, the compiler of older JAX stores all squares before it sums them"
@@ -62,7 +63,7 @@ def test_after_a_clip_no_more_than_adamw(adaptivity: float) -> None:
     assert temporary <= its_temporary + 4 * SMALL
 
 
-@pytest.mark.parametrize("options", [{}, {"adaptivity": 0.7}, {"scope": "tensor"}, {"nonfinite": "skip"}])
+@pytest.mark.parametrize("options", [{"adaptivity": 0.7}, {"nonfinite": "skip"}, *slow({}, {"scope": "tensor"})])
 def test_operands_grow_with_the_leaves_alone(options: dict[str, Any]) -> None:
     """And not with their square, as where every leaf's loop sums all leaves' sums to know whether it is to skip."""
 
@@ -75,7 +76,7 @@ def test_operands_grow_with_the_leaves_alone(options: dict[str, Any]) -> None:
     assert operands(16) < 2.2 * operands(8)
 
 
-@pytest.mark.parametrize("options", [{}, {"adaptivity": 0.7}, {"scope": "tensor"}, {"nonfinite": "skip"}])
+@pytest.mark.parametrize("options", [{"adaptivity": 0.7}, {"nonfinite": "skip"}, *slow({}, {"scope": "tensor"})])
 def test_leaves_of_a_shape_share_their_loops(options: dict[str, Any]) -> None:
     """Which are compiled once then, though each leaf has a count of updates of its own."""
 

@@ -13,6 +13,7 @@ from jax_support import EPSILON, assert_close, assert_equal, train, tree
 
 from ada2ms.core import Linear
 from ada2ms.jax import ada2ms
+from support import slow
 
 MODES: dict[str, Callable[[], AbstractContextManager[Any]]] = {
     "no promotion of ranks": lambda: jax.numpy_rank_promotion("raise"),
@@ -63,7 +64,7 @@ def test_integer_leaves_are_moved_by_whole_numbers() -> None:
     assert_equal(after["integer"], train(optax.adamw(3.5, weight_decay=0.0), params, [params])[0]["integer"])
 
 
-@pytest.mark.parametrize("adaptivity", [0.0, 0.3, 0.5, 1.0])
+@pytest.mark.parametrize("adaptivity", [0.3, 1.0, *slow(0.0, 0.5)])
 def test_derivatives_where_gradients_are_zero(adaptivity: float) -> None:
     """They are those of the rule, against differences; optax.adamw gives NaN there, unless eps_root hides the zero."""
 
@@ -110,9 +111,10 @@ WRAPPERS: dict[str, Callable[[Any], Any]] = {
     "named_chain": lambda o: optax.named_chain(("clip", optax.adaptive_grad_clip(0.5)), ("o", o)),
     "with_extra_args_support": optax.with_extra_args_support,
 }
+OFTEN = ("schedule_free", "flatten", "MultiSteps", "with_extra_args_support")  # what people use, or compiles in no time
 
 
-@pytest.mark.parametrize("wrapper", WRAPPERS)
+@pytest.mark.parametrize("wrapper", [*OFTEN, *slow(*(name for name in WRAPPERS if name not in OFTEN))])
 def test_wrappers_do_as_with_adamw(wrapper: str) -> None:
     """Within the 1e-5 that Optax' own bias correction is off by, and what a learned rate makes of it."""
     outcomes = []

@@ -11,6 +11,7 @@ from jax_support import EPSILON, assert_close, assert_equal, train, tree
 
 from ada2ms import core
 from ada2ms.jax import ada2ms
+from support import slow
 
 
 @pytest.mark.parametrize("x64", [True, False])
@@ -66,7 +67,7 @@ def test_scan_is_a_loop() -> None:
     assert_close(scanned, train(optimizer, tree(0), gradients), 8 * EPSILON, 8 * EPSILON)
 
 
-@pytest.mark.parametrize("scope", ["model", "tensor"])
+@pytest.mark.parametrize("scope", ["model", *slow("tensor")])
 def test_vmap_trains_models_apart(scope: Any) -> None:
     """Each member of an ensemble has its own global second moment."""
     optimizer = ada2ms(0.1, adaptivity=0.3, scope=scope, nonfinite="skip")
@@ -83,7 +84,7 @@ def test_vmap_trains_models_apart(scope: Any) -> None:
     assert_close((params, state), stack(members), 8 * EPSILON, 8 * EPSILON)
 
 
-@pytest.mark.parametrize("adaptivity", [0.3, 1.0])
+@pytest.mark.parametrize("adaptivity", [0.3, *slow(1.0)])
 def test_gradients_through_an_update(adaptivity: float) -> None:
     """Of the parameters after two steps, with respect to hyperparameters and gradients; against differences."""
     with jax.enable_x64(True):

@@ -15,6 +15,7 @@ from jax_support import EPSILON, assert_close, assert_equal, train, tree
 
 from ada2ms.core.state import StateError
 from ada2ms.jax import ScaleByAda2MSState, ada2ms, export_state, import_state, scale_by_ada2ms
+from support import slow
 
 # Optax' own bias correction is off by 1e-5 in float32.
 AS_ADAMW = {"rtol": 1e-5, "atol": 1e-5}
@@ -147,7 +148,7 @@ def test_moments_of_another_shape_are_an_error(field: str) -> None:
 # States that come back from files
 
 
-@pytest.mark.parametrize("x64", [True, False])
+@pytest.mark.parametrize("x64", [False, *slow(True)])
 @pytest.mark.parametrize("options", [{}, {"scope": "tensor"}, {"nonfinite": "skip", "mu_dtype": "bfloat16"}])
 def test_numbers_of_a_state_may_be_those_of_python(options: dict[str, Any], x64: bool) -> None:
     """As JSON and msgpack give them back, moments of a scalar parameter among them."""
@@ -203,7 +204,7 @@ def test_a_pickle_names_no_file_of_the_package() -> None:
 # Types of parameters
 
 
-@pytest.mark.parametrize("dtype", ["float8_e4m3fn", "float8_e5m2", "float8_e4m3b11fnuz"])
+@pytest.mark.parametrize("dtype", ["float8_e5m2", *slow("float8_e4m3fn", "float8_e4m3b11fnuz")])
 def test_parameters_of_8_bits(dtype: str) -> None:
     """To these no other type is promoted by itself. Optax' Adam has its moments in 8 bits, which are too few."""
     params = {"w": jnp.ones(4, dtype), "v": jnp.ones(3)}
@@ -221,7 +222,7 @@ def test_parameters_of_8_bits(dtype: str) -> None:
     assert updates["w"].dtype == updates["v"].dtype == jnp.float32
 
 
-@pytest.mark.parametrize("rate", [0.1, optax.linear_schedule(0.1, 0.0, 9)])
+@pytest.mark.parametrize("rate", [optax.linear_schedule(0.1, 0.0, 9), *slow(0.1)])
 def test_inject_hyperparams_over_complex_leaves(rate: Any) -> None:
     """It makes hyperparameters complex there."""
     params = {"w": jnp.ones(2, jnp.complex64) * (1 - 2j), "v": jnp.ones(3)}
@@ -236,7 +237,7 @@ def test_inject_hyperparams_over_complex_leaves(rate: Any) -> None:
         ada2ms(jnp.complex64(1 + 1j))
 
 
-@pytest.mark.parametrize("options", [{}, {"scope": "tensor", "adaptivity": 0.3}, {"nonfinite": "skip"}])
+@pytest.mark.parametrize("options", [{"scope": "tensor", "adaptivity": 0.3}, *slow({}, {"nonfinite": "skip"})])
 def test_export_with_symbolic_shapes(options: dict[str, Any]) -> None:
     optimizer = ada2ms(0.1, **options)
     rows, columns = jax.export.symbolic_shape("rows, columns")

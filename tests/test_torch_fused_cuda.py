@@ -18,7 +18,7 @@ from torch_support import Operations
 from ada2ms.torch import Ada2MS
 from ada2ms.torch.functional import Options, _single_tensor_ada2ms
 from ada2ms.torch.reduction import squares
-from support import EPSILON, require_device
+from support import EPSILON, require_device, slow
 
 SHAPES = [(3, 4), (), (0,), (7, 401), (64, 160)]
 
@@ -181,12 +181,11 @@ def test_compiled_for_cuda_it_moves_each_entry_once(
 
 @pytest.mark.skipif(find_spec("triton") is None, reason="Triton is not installed (it comes with torch for CUDA)")
 @pytest.mark.parametrize(
-    ("capturing", "dtypes"),
-    [(False, DTYPES), (True, DTYPES[:1]), pytest.param(True, DTYPES[1:], marks=pytest.mark.slow)],
-    ids=str,
+    "case", [(False, DTYPES[::2]), (True, DTYPES[:1]), *slow((False, DTYPES[1::2]), (True, DTYPES[1:]))], ids=str
 )
-def test_the_kernel_in_tritons_interpreter(capturing: bool, dtypes: Sequence[str]) -> None:
+def test_the_kernel_in_tritons_interpreter(case: tuple[bool, Sequence[str]]) -> None:
     """8 roundings, as for one step of every implementation. In a process of its own: Triton reads the switch once."""
+    capturing, dtypes = case
     code = f"import test_torch_fused_cuda as t; t.compare('cpu', {dtypes})"
     if capturing:  # a CUDA graph, for which the kernel's table takes another way
         code = f"import ada2ms.torch.fused_cuda as f; f._captured = lambda device: True; {code}"
