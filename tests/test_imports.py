@@ -123,9 +123,8 @@ def test_unknown_attribute() -> None:
 
 
 def test_a_missing_backend_of_keras_is_named() -> None:
-    code = "try:\n    import ada2ms.tf\nexcept ImportError as error:\n    print(error.name, error)"
-    said = run(code, "tensorflow", "tensorflow")
-    assert said.startswith("tensorflow ada2ms.tf needs a backend of Keras, and tensorflow is not installed")
+    [(error, _, _)] = probe("import ada2ms.tf", absent=("tensorflow",), keras_backend="tensorflow")
+    assert error.startswith("tensorflow ada2ms.tf needs a backend of Keras, and tensorflow is not installed")
 
 
 ENTRY_POINTS = [
