@@ -36,6 +36,8 @@ def weights(model: Any) -> Any:
 
 
 def test_a_model_goes_on() -> None:
+    if "quantization_config" not in keras.layers.Dense(1).get_config():
+        pytest.skip("the file is of Keras 3.15, whose layers have arguments that older ones do not know")
     model = keras.saving.load_model(DATA / "keras-model-1.keras")
     optimizer = model.optimizer
     assert (optimizer.name, optimizer.scope, optimizer.nonfinite) == ("mine", "tensor", "skip")

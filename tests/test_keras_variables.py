@@ -18,6 +18,10 @@ from ada2ms.tf import Ada2MS, export_state, import_state
 
 pytestmark = [
     pytest.mark.keras,
+    pytest.mark.skipif(
+        not hasattr(keras.optimizers.Optimizer, "_overwrite_variable_with_gradient"),
+        reason="Keras 3.5 restores neither float8 nor partly frozen models, with AdamW either",
+    ),
     pytest.mark.filterwarnings("ignore:Layer InputLayer does not have a `quantize` method"),
 ]
 SUBJECTS = pytest.mark.parametrize("subject", [keras.optimizers.AdamW, Ada2MS])

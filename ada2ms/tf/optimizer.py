@@ -177,7 +177,7 @@ class Ada2MS(Reducing):
         if self.built:
             return
         super().build(variables)
-        self._updated = tuple(i for i, v in enumerate(variables) if not self._overwrite_variable_with_gradient(v))
+        self._updated = tuple(i for i, v in enumerate(variables) if not getattr(v, "overwrite_with_gradient", False))
         self._find_excluded()
         momentums: list[Variable | None] = [None] * len(variables)
         velocities = momentums.copy()
