@@ -74,7 +74,7 @@ def setup(*extras: str) -> None:
 def run(job: Job, shared: str) -> bool:
     """Runs a job, each line of its output behind its label; whether it succeeded. `shared` is for all jobs' tests."""
     label = f"{job.label:>{LABEL}} |"
-    print(label, f"KERAS_BACKEND={job.keras_backend} python -m {' '.join(job.command)}", flush=True)
+    print(f"{label} KERAS_BACKEND={job.keras_backend} python -m {' '.join(job.command)}\n", end="", flush=True)
     environment = {**os.environ, "KERAS_BACKEND": job.keras_backend, "TF_CPP_MIN_LOG_LEVEL": "2"}
     environment["SHARED_TRAJECTORIES"] = shared  # see tests/test_trajectories.py
     environment["JAX_COMPILATION_CACHE_DIR"] = os.path.join(shared, "jax")  # what several tests compile, once for all
@@ -94,9 +94,9 @@ def run(job: Job, shared: str) -> bool:
     ) as process:
         assert process.stdout is not None
         for line in process.stdout:
-            print(label, line, end="", flush=True)
+            print(f"{label} {line}", end="", flush=True)  # in one piece, beside the lines of other jobs
     ended = f"FAILED (exit status {process.returncode})" if process.returncode else "ok"
-    print(f"{label} {ended} in {time.monotonic() - start:.0f} s", flush=True)
+    print(f"{label} {ended} in {time.monotonic() - start:.0f} s\n", end="", flush=True)
     return process.returncode == 0
 
 
