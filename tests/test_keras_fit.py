@@ -27,7 +27,8 @@ WAYS: dict[str, dict[str, Any]] = {
 }[BACKEND]
 # What takes long, and other tests come close to.
 slow = pytest.mark.slow
-EACH_WAY = [pytest.param(way, marks=[slow] if (BACKEND, way) == ("jax", "eager") else []) for way in WAYS]
+SELDOM = (("jax", "eager"), ("tensorflow", "graph"))  # eager code is nothing but slow on JAX; XLA starts from the graph
+EACH_WAY = [pytest.param(way, marks=[slow] if (BACKEND, way) in SELDOM else []) for way in WAYS]
 
 
 def network(policy: Any = None) -> Any:
