@@ -8,6 +8,7 @@ from typing import Any
 import keras
 import numpy as np
 import pytest
+from keras import ops
 from keras_support import BACKEND, numpy, small
 
 import ada2ms.tf
@@ -29,6 +30,10 @@ WEIGHTS_LATER = [
     [0.0140748, 1.1132008, -0.3700572, -0.2824527, 0.2767888, -0.1680437],
     [-0.0668890, 0.0324565, 0.3135736, 0.9020694, -0.0335495],
 ]
+OVERWRITING = [
+    [0.3756480, 0.5539118, 0.5772860, 6.8814769],
+    [0.4256848, 0.4132088, 0.3666952, 0.4256848, 0.4132088, 0.3666952],
+]
 
 
 def weights(model: Any) -> Any:
@@ -49,6 +54,41 @@ def test_a_model_goes_on() -> None:
     for i in range(5):
         model.train_on_batch(X[4 * i :][:4], X[4 * i :][:4, :1])
     np.testing.assert_allclose(weights(model), np.concatenate(WEIGHTS_LATER), rtol=0, atol=2e-6)
+
+
+class Overwriting(keras.layers.Layer):  # type: ignore[misc]
+    """A layer with a variable that its gradient overwrites, between others."""
+
+    def build(self, shape: Any) -> None:
+        self.before = self.add_weight(shape=(shape[-1],), name="before", initializer="ones")
+        self.scale = self.add_weight(shape=(), name="scale", initializer="ones")
+        self.scale.overwrite_with_gradient = True
+        self.after = self.add_weight(shape=(2, shape[-1]), name="after", initializer="ones")
+
+    def call(self, x: Any) -> Any:
+        return x * self.before * (1 + self.scale) + ops.sum(self.after, 0)
+
+
+def overwriting(scope: Any = "tensor") -> Any:
+    model = keras.Sequential([keras.Input((3,)), Overwriting(name="own")])
+    model.compile(Ada2MS(0.125, scope=scope, gradient_accumulation_steps=2), "mse", run_eagerly=True)
+    model.optimizer.build(model.trainable_variables)
+    return model
+
+
+def test_weights_from_when_overwritten_variables_had_slots() -> None:
+    """Their slots are passed over. A state of other shapes is none of ours, as Keras says by its warning."""
+    model = overwriting()
+    model.load_weights(DATA / "keras-overwriting-1.weights.h5")
+    assert (small(model.optimizer, "iteration"), small(model.optimizer, "global_step")) == (5, 2)
+    assert small(model.optimizer, "steps").tolist() == [2, 0, 2]
+    for i in range(5):
+        model.train_on_batch(X[4 * i :][:4], X[4 * i :][:4, :1])
+    np.testing.assert_allclose(weights(model), np.concatenate(OVERWRITING), rtol=0, atol=2e-6)
+    other = overwriting("model")
+    with pytest.warns(UserWarning, match="Skipping variable loading"):
+        other.load_weights(DATA / "keras-overwriting-1.weights.h5")
+    assert small(other.optimizer, "iteration") == 0
 
 
 def test_an_optimizer_is_unpickled() -> None:

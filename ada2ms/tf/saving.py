@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from ada2ms.tf.optimizer import Ada2MS
 
 Variable = Any  # a keras.Variable, or the backend's own
+Saved = tuple[Variable, list[int] | None]  # a variable, and the order of its entries if it is another in what is saved
 
 
 def save(optimizer: "Ada2MS", store: Any) -> None:
@@ -21,25 +22,38 @@ def save(optimizer: "Ada2MS", store: Any) -> None:
 
 
 def load(optimizer: "Ada2MS", store: Any) -> bool:
-    """Takes the state from a store of Keras; False if that has another number of variables, and nothing has changed.
+    """Takes the state from a store of Keras; False if that has other variables, and nothing has changed.
 
     Raises:
         ValueError: a shape is another; nothing has changed.
     """
     saved = _as_saved(optimizer)
-    if len(saved) != len(store.keys()):
-        return False
+    is_older = len(saved) != len(store.keys())
+    if is_older:
+        saved = _with_all_slots(optimizer)
+        if len(saved) != len(store.keys()):
+            return False
     arrays = [np.asarray(store[str(i)]) for i in range(len(saved))]
-    for (variable, _), array in zip(saved, arrays, strict=True):
-        if tuple(variable.shape) != array.shape:
-            shapes = f"shape {tuple(variable.shape)}; in what was saved it is {array.shape}"
-            raise ValueError(f"The state does not fit optimizer {optimizer.name!r}: {variable.path!r} has {shapes}")
+    if misfits := _misfits(saved, arrays):
+        if is_older:
+            return False
+        raise ValueError(f"The state does not fit optimizer {optimizer.name!r}: {misfits[0]}")
     for (variable, order), array in zip(saved, arrays, strict=True):
-        variable.assign(array if order is None else array[np.argsort(order)])
+        if variable is not None:
+            variable.assign(array if order is None else array[np.argsort(order)])
     return True
 
 
-def _as_saved(optimizer: "Ada2MS") -> list[tuple[Variable, list[int] | None]]:
+def _misfits(saved: list[Saved], arrays: list[Any]) -> list[str]:
+    """What is wrong with the shapes."""
+    return [
+        f"{v.path!r} has shape {tuple(v.shape)}; in what was saved it is {array.shape}"
+        for (v, _), array in zip(saved, arrays, strict=True)
+        if v is not None and tuple(v.shape) != array.shape
+    ]
+
+
+def _as_saved(optimizer: "Ada2MS") -> list[Saved]:
     """The variables in the order of a file; with the order of its entries, where one has an entry for each variable."""
     if not optimizer.built:
         return [(v, None) for v in optimizer.variables]
@@ -50,3 +64,14 @@ def _as_saved(optimizer: "Ada2MS") -> list[tuple[Variable, list[int] | None]]:
     if optimizer.scope == "tensor":
         per_variable.add(id(optimizer._global_velocity))
     return [(moved.get(id(v), v), order if id(v) in per_variable else None) for v in optimizer.variables]
+
+
+def _with_all_slots(optimizer: "Ada2MS") -> list[Saved]:
+    """The variables in the order of files from when overwritten variables had slots too; None for those."""
+    if not optimizer.built:
+        return []
+    slots = [slot for pair in zip(optimizer._momentums, optimizer._velocities, strict=True) for slot in pair]
+    kept = {id(slot) for slot in slots if slot is not None}
+    variables = optimizer.variables
+    first = next((i for i, v in enumerate(variables) if id(v) in kept), 0)
+    return [(v, None) for v in (*variables[:first], *slots, *variables[first + len(kept) :])]
