@@ -36,6 +36,7 @@ FOLLOW = {
         scale_by_ada2ms(),
         optax.partition({"x": optax.scale_by_learning_rate(RATE), "y": optax.scale_by_learning_rate(0.1)}, LABELS),
     ),
+    "named_chain": lambda: optax.named_chain(("one", ada2ms(RATE)), ("two", optax.scale_by_schedule(RATE))),
     "skipped steps": lambda: optax.inject_hyperparams(ada2ms, static_args=("nonfinite",))(RATE, nonfinite="skip"),
 }
 
@@ -129,9 +130,29 @@ STAY = {
         ["[0].mini_step of MultiStepsState", "[0].acc_grads of MultiStepsState", "[1].count of ScaleByScheduleState"],
     ),
     "MultiSteps beside": (
-        lambda o: optax.chain(o, optax.MultiSteps(optax.trace(0.9), 2).gradient_transformation()),
-        [f"[1].{name} of MultiStepsState" for name in ("mini_step", "gradient_step")]
-        + ["[1].inner_opt_state.trace of TraceState", "[1].acc_grads of MultiStepsState"],
+        lambda o: optax.chain(
+            o,
+            optax.MultiSteps(optax.sgd(RATE, momentum=0.9), 2).gradient_transformation(),
+            optax.scale_by_schedule(RATE),
+        ),
+        [
+            *(f"[1].{name} of MultiStepsState" for name in ("mini_step", "gradient_step")),
+            "[1].inner_opt_state[0].trace of TraceState",
+            "[1].inner_opt_state[1].count of ScaleByScheduleState",
+            "[1].acc_grads of MultiStepsState",
+        ],
+    ),
+    "a condition beside": (
+        lambda o: optax.chain(
+            optax.conditionally_mask(optax.scale_by_schedule(RATE), lambda step, **_: step % 2 == 0), o
+        ),
+        ["[0].step of ConditionallyMaskState", "[0].inner_state.count of ScaleByScheduleState"],
+    ),
+    "a schedule around a condition": (
+        lambda o: optax.chain(
+            optax.conditionally_mask(o, lambda step, **_: step % 2 == 0), optax.scale_by_schedule(RATE)
+        ),
+        ["[0].step of ConditionallyMaskState", "[1].count of ScaleByScheduleState"],
     ),
     "noise": (
         lambda o: optax.chain(optax.add_noise(0.1, 0.5, 0), o),

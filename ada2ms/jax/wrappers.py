@@ -1,6 +1,6 @@
 """The states of other Optax transformations around ours: which of their counts a hand-off sets, and what it leaves."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -11,8 +11,17 @@ from ada2ms.core.state import StateError
 from ada2ms.jax.step import ScaleByAda2MSState
 
 _NODES = (ScaleByAda2MSState, optax.ScaleByAdamState)
-# Not every call of these updates what is inside, so that a count inside does not tell a count outside.
-_RARER = (optax.MultiStepsState, optax.ConditionallyTransformState)
+# Each call of these updates what is inside, as in a chain. Others may not, such as `MultiSteps`: a count inside of them
+# does not tell one outside. (`apply_if_finite` does not when it rejects a step; that schedules go on from the updates
+# that were made is nearer to the truth than that they start anew.)
+_EVERY_CALL = (
+    optax.ApplyIfFiniteState,
+    optax.InjectHyperparamsState,
+    optax.InjectStatefulHyperparamsState,
+    optax.LookaheadState,
+    optax.MaskedState,
+    optax.PartitionState,
+)
 # Beside a count of calls, in `inject_hyperparams` and `add_noise`. (The count of an average stays with the average.)
 _BESIDE = {"hyperparams", "hyperparams_states", "inner_state", "rng_key"}
 
@@ -43,7 +52,7 @@ def rewritten(
     Returns:
         The states; and the paths of what was left as it was, each with the type of its state.
     """
-    around = [x for x in _ancestors(opt_state) if isinstance(x, _RARER)]
+    around = [x for x in _ancestors(opt_state) if not _updates_in_every_call(x)]
     rewriting = _Rewriting(new_node, new_count, around[-1] if around else None)
     return rewriting.state(opt_state, (), not around), rewriting.kept
 
@@ -57,7 +66,7 @@ def left_behind(opt_state: optax.OptState) -> list[str]:
 class _Rewriting:
     new_node: Callable[[Any], Any]
     new_count: Callable[[Any], Any]
-    innermost: Any  # the innermost of `_RARER` around the state of Ada2MS
+    innermost: Any  # of the states around that of Ada2MS, the innermost that may not update it in every call
     kept: list[str] = field(default_factory=list)
 
     def state(self, x: Any, path: tuple[Any, ...], in_step: bool) -> Any:
@@ -67,6 +76,7 @@ class _Rewriting:
         if not _has_fields(x):
             return self._children(x, path, in_step)
         counts = self._counts(x, in_step)
+        in_step = x is self.innermost or (in_step and _updates_in_every_call(x))
         fields = {}
         for name in x._fields:
             value, inner = getattr(x, name), (*path, jax.tree_util.GetAttrKey(name))
@@ -75,7 +85,7 @@ class _Rewriting:
             elif name == "hyperparams" or not jax.tree.leaves(value):
                 fields[name] = value
             elif any(map(_has_fields, jax.tree.leaves(value, is_leaf=_has_fields))):
-                fields[name] = self.state(value, inner, in_step or x is self.innermost)
+                fields[name] = self.state(value, inner, in_step)
             else:
                 self.kept.append(f"{jax.tree_util.keystr(inner)} of {type(x).__name__}")
                 fields[name] = value
@@ -90,6 +100,7 @@ class _Rewriting:
         return {"count"} if "count" in x._fields and {*x._fields} <= {"count", *_BESIDE} else set()
 
     def _children(self, x: Any, path: tuple[Any, ...], in_step: bool) -> Any:
+        in_step = in_step and _updates_in_every_call(x)
         children, structure = _one_level(x)
         if any(child is x for _, child in children):  # a leaf
             self.kept.append(jax.tree_util.keystr(path))
@@ -99,6 +110,10 @@ class _Rewriting:
 
 def _is_node(x: Any) -> bool:
     return isinstance(x, _NODES)
+
+
+def _updates_in_every_call(x: Any) -> bool:
+    return isinstance(x, (*_EVERY_CALL, list, Mapping)) or type(x) is tuple
 
 
 def _has_fields(x: Any) -> bool:
