@@ -7,7 +7,7 @@ from contextlib import suppress
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 os.environ.setdefault("KERAS_BACKEND", "tensorflow")
-os.environ.setdefault("OMP_NUM_THREADS", "1")  # several workers that each take all cores take very long
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # several processes that each take all cores take very long
 
 import pytest
 

@@ -28,6 +28,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
 }
 
 
+# The transition has all the state that there is, and float64 the narrower bounds; the rest is for `make slow`.
 KINDS = pytest.mark.parametrize(
     ("dtype", "options"),
     [
