@@ -16,8 +16,9 @@ from torch import Tensor, nn
 from torch_support import Operations
 
 from ada2ms.torch import Ada2MS
-from ada2ms.torch.functional import Options, _single_tensor_ada2ms
-from ada2ms.torch.reduction import squares
+from ada2ms.torch.coefficients import coefficients
+from ada2ms.torch.kernels import Options, single
+from ada2ms.torch.reduce import squares
 from support import EPSILON, require_device, slow
 
 SHAPES = [(3, 4), (), (0,), (7, 401), (64, 160)]
@@ -35,8 +36,8 @@ DTYPES = ("float32", "float64", "bfloat16", "float16")
 
 
 def compare(device: str, dtypes: Sequence[str] = DTYPES) -> None:
-    """A step of the kernel against one of `_single_tensor_ada2ms`, from the same state, for all that may differ."""
-    from ada2ms.torch.fused_cuda import _fused_ada2ms
+    """A step of the kernel against one of the for-loop's, from the same state, for all that may differ."""
+    from ada2ms.torch.kernels import fused_cuda
 
     for kind, a, eps in product(dtypes, [0.0, 0.3, 0.5, 1.0, torch.tensor(0.7)], [1e-8, 0.0]):
         dtype = getattr(torch, kind)
@@ -52,21 +53,21 @@ def compare(device: str, dtypes: Sequence[str] = DTYPES) -> None:
                 tensor.mul_(sign > 0)  # where nothing has moved yet
         t = [torch.tensor(float(i + 1), device=device) for i in range(len(p))]
         s_hat = [torch.tensor(0.3, dtype=torch.float64, device=device)] * len(p)
-        common: dict[str, Any] = {
-            "lr": torch.tensor(0.1, dtype=torch.float64, device=device),
-            "beta1": 0.9,
-            "beta2": 0.99,
-        }
-        o = Options(
-            **common, eps=eps, weight_decay=0.1, adaptivity=a, maximize=a == 0.3, differentiable=False, live=None
-        )
+        lr = torch.tensor(0.1, dtype=torch.float64, device=device)
+        o = Options(0.9, 0.99, 1 - 0.9, 1 - 0.99, 1 - lr * 0.1, a, maximize=a == 0.3)
+        given = lr, (0.9, 0.99), eps, a, t, s_hat, torch.device(device)
+        each, double = (coefficients(*given, x, fold=False, gather=True) for x in (wide, torch.float64))
         expected = [[x.clone() for x in xs] for xs in (p, m, v)]
-        _single_tensor_ada2ms(expected[0], g, *expected[1:], t, s_hat, o)
+        single.update(expected[0], g, *expected[1:], each, o)
         scaled, scale = [x * 4 for x in g], torch.tensor(4.0, device=device)
         for live in (False, True):
             before = [x.clone() for x in p]
-            here = o._replace(grad_scale=scale, live=torch.tensor(live, device=device))
-            _fused_ada2ms(p, scaled, m, v, t, s_hat, here)
+            here = o._replace(inv_scale=1 / scale, step_is_live=torch.tensor(live, device=device))
+            masked = double
+            if not live:  # as the step masks them
+                here = here._replace(weight1=0.0, weight2=0.0, decay_factor=None)
+                masked = double._replace(step_size=0 * double.step_size)
+            fused_cuda.update(p, scaled, m, v, masked, here)
             if not live:
                 torch.testing.assert_close(p, before, rtol=0, atol=0)
         rounding = EPSILON["float64" if wide == torch.float64 else "float32"]
@@ -90,7 +91,9 @@ class Launches:
 
 @pytest.fixture
 def launches(monkeypatch: pytest.MonkeyPatch) -> Launches:
-    fused_cuda = pytest.importorskip("ada2ms.torch.fused_cuda", reason="Triton is not installed", exc_type=ImportError)
+    fused_cuda = pytest.importorskip(
+        "ada2ms.torch.kernels.fused_cuda", reason="Triton is not installed", exc_type=ImportError
+    )
     stand_in = Launches()
     monkeypatch.setattr(fused_cuda, "_update", stand_in)
     return stand_in
@@ -100,14 +103,15 @@ def launch(
     tensors: int, dtype: torch.dtype = torch.float32, adaptivity: float = 0.3, size: int = 20_000, offset: int = 0
 ) -> list[str]:
     """A step of that many tensors, and the operations of torch that it takes beside the kernel."""
-    from ada2ms.torch.fused_cuda import _fused_ada2ms
+    from ada2ms.torch.kernels import fused_cuda
 
     kinds = (dtype, dtype, torch.float32, torch.float32)
     p, g, m, v = ([torch.zeros(size + offset, dtype=kind)[offset:] for _ in range(tensors)] for kind in kinds)
-    options = Options(0.1, 0.9, 0.99, 1e-8, 0.0, adaptivity, maximize=False, differentiable=False, live=None)
+    options = Options(0.9, 0.99, 0.1, 0.01, None, adaptivity)
     steps = [torch.tensor(1.0) for _ in range(tensors)]
+    given = 0.1, (0.9, 0.99), 1e-8, adaptivity, steps, [torch.tensor(1.0)], p[0].device, torch.float64
     with Operations() as operations:
-        _fused_ada2ms(p, g, m, v, steps, [torch.tensor(1.0)] * tensors, options)
+        fused_cuda.update(p, g, m, v, coefficients(*given, fold=False, gather=True), options)
     return operations.found
 
 
@@ -159,7 +163,7 @@ def test_compiled_for_cuda_it_moves_each_entry_once(
     launch(1, dtype, adaptivity)
     monkeypatch.undo()
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
-    from ada2ms.torch.fused_cuda import _BLOCK, _update
+    from ada2ms.torch.kernels.fused_cuda import _BLOCK, _update
 
     ((_, *arguments),) = launches.found
     given = dict(zip(_update.arg_names, arguments, strict=True))
@@ -188,7 +192,7 @@ def test_the_kernel_in_tritons_interpreter(case: tuple[bool, Sequence[str]]) -> 
     capturing, dtypes = case
     code = f"import test_torch_fused_cuda as t; t.compare('cpu', {dtypes})"
     if capturing:  # a CUDA graph, for which the kernel's table takes another way
-        code = f"import ada2ms.torch.fused_cuda as f; f._captured = lambda device: True; {code}"
+        code = f"import ada2ms.torch.kernels.fused_cuda as f; f._captured = lambda device: True; {code}"
     path = os.pathsep.join([os.path.dirname(__file__), *sys.path])
     environment = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": path}
     done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False)

@@ -9,7 +9,7 @@ import torch
 from ada2ms.core.schedules import KINDS
 from ada2ms.torch.layers import plain_layers
 from ada2ms.torch.optimizer import Ada2MS
-from ada2ms.torch.state import arguments, export_state, import_state
+from ada2ms.torch.transfer import arguments, export_state, import_state
 
 # Who saves live parameter groups (Lightning's BaseFinetuning, torch's ZeroRedundancyOptimizer) saves schedules.
 torch.serialization.add_safe_globals(list(KINDS.values()))

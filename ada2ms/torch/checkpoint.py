@@ -9,8 +9,7 @@ import torch
 from ada2ms.core.schedules import AdaptivitySchedule
 from ada2ms.core.state import State, StateError
 from ada2ms.core.state_file import write_whole
-from ada2ms.torch import shared
-from ada2ms.torch.state import from_state_dict, tensor, to_state
+from ada2ms.torch.transfer import from_state_dict, set_shared_numbers, tensor, to_state
 
 _OPTIMIZER: Final = ("optimizer", "optimizer_state_dict", "optimizer_states")
 _MODEL: Final = ("model", "model_state_dict", "state_dict")
@@ -81,7 +80,7 @@ def write(state: State, path: Path) -> None:
     states = to_state(entries, own_s=True)
     if state.has_global:
         for hyper, group in zip(groups, state.groups, strict=True):
-            shared.into_state_dict(hyper, states, (group.global_exp_avg_sq, group.global_step), state.skipped)
+            set_shared_numbers(hyper, states, (group.global_exp_avg_sq, group.global_step), state.skipped)
     content: dict[str, Any] = {"optimizer": {"state": states, "param_groups": groups}}
     values = {name: tensor(entry.param) for name, entry in state.parameters.items() if entry.param is not None}
     if values:

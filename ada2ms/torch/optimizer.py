@@ -1,13 +1,10 @@
 """The optimizer class: what torch.optim.AdamW has, over the rule of ada2ms.core.spec."""
 
-from collections import ChainMap
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, overload
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 from torch.optim.optimizer import (
     Optimizer,
@@ -16,26 +13,18 @@ from torch.optim.optimizer import (
     _use_grad_for_differentiable,
 )
 
-from ada2ms.core.hyperparameters import DEFAULT_NONFINITE, DEFAULT_SCOPE, DEFAULTS, Nonfinite, Scope, check
-from ada2ms.core.schedules import AdaptivitySchedule, from_dict
+from ada2ms.core.hyperparameters import DEFAULT_NONFINITE, DEFAULT_SCOPE, DEFAULTS, Nonfinite, Scope
+from ada2ms.core.schedules import AdaptivitySchedule
 from ada2ms.torch import shared
-from ada2ms.torch.reduction import entries
-from ada2ms.torch.shared import SHARED, K, S, Tied, wide
-from ada2ms.torch.step import Batch, ada2ms
+from ada2ms.torch.checks import check_group, check_shards
+from ada2ms.torch.loading import restore, translate
+from ada2ms.torch.numbers import COMPUTE_DTYPES
+from ada2ms.torch.reduce import numel
+from ada2ms.torch.shared import SHARED, K, S, Tied
+from ada2ms.torch.step import Division, ParamLists, Scaling, step_model
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
-
-_LATER = {  # what a state dict of an earlier version may lack
-    "maximize": False,
-    "foreach": None,
-    "capturable": False,
-    "differentiable": False,
-    "fused": None,
-    "adaptivity": DEFAULTS.adaptivity,
-    "scope": DEFAULT_SCOPE,
-    "nonfinite": DEFAULT_NONFINITE,
-}
 
 
 class Ada2MS(Optimizer):
@@ -91,6 +80,8 @@ class Ada2MS(Optimizer):
         >>> optimizer.step()
     """
 
+    __module__ = "ada2ms.torch"  # in pickles, whichever file it is in
+
     def __init__(
         self,
         params: ParamsT,
@@ -129,7 +120,7 @@ class Ada2MS(Optimizer):
         self._given: list[dict[int, int]] = []  # for each group as given, its parameters' sizes by their id
         self._whole_size: int | None = None  # entries of the model, where the shards themselves do not say
         self._shard_group = shard_group  # not in defaults: it can neither be copied nor saved
-        _check_group(defaults, defaults)
+        check_group(defaults, defaults)
         super().__init__(params, defaults)
         if fused:
             self._step_supports_amp_scaling = True  # GradScaler then leaves the scaling to step
@@ -138,45 +129,15 @@ class Ada2MS(Optimizer):
         """As in torch; the group joins the s and k of groups with the same b2, or takes the model's s_hat and k."""
         if isinstance(param_group, dict):  # the caller's own dict stays as it is
             param_group = {key: value for key, value in param_group.items() if key not in SHARED}
-            _check_group({**self.defaults, **param_group}, self.defaults)
+            check_group({**self.defaults, **param_group}, self.defaults)
         super().add_param_group(param_group)
         try:
-            self._check_shards(self.param_groups[-1:])
+            check_shards(self.param_groups[-1:], self._given, self._shard_group)
         except ValueError:
             self.param_groups.pop()
             raise
-        self._given.append({id(p): entries(p) for p in self.param_groups[-1]["params"]})
+        self._given.append({id(p): numel(p) for p in self.param_groups[-1]["params"]})
         self._tied = None
-
-    def _check_shards(self, groups: Sequence[dict[str, Any]]) -> int | None:
-        """Raises where parameters are shards that do not know of each other, and nobody else does.
-
-        Returns:
-            The number of entries of the whole model, if the groups' tensors are flat shards of it, which may be padded.
-        """
-        params = [p for group in groups for p in group["params"]]
-        if self._shard_group is None and any(getattr(p, "_fsdp_flattened", False) for p in params):
-            raise ValueError(
-                "Invalid shard_group: None (the parameters are shards of FullyShardedDataParallel, which do not know "
-                "of each other: shard_group must be its process group; or use torch.distributed.fsdp.fully_shard)"
-            )
-        given: dict[int, int] = dict(ChainMap(*self._given))
-        flat = params and all(type(p) is Tensor and p.ndim == 1 and id(p) not in given for p in params)
-        if not (flat and given and dist.is_available() and dist.is_initialized()):
-            return None
-        if self._shard_group is None and dist.get_world_size() > 1:
-            raise ValueError(
-                "Invalid shard_group: None (the parameters were replaced by flat shards, as by DeepSpeed's ZeRO, which "
-                "do not know of each other: shard_group must be their process group; or use "
-                "torch.distributed.fsdp.fully_shard)"
-            )
-        if len(self._given) > 1:
-            raise ValueError(
-                f"Invalid params: {len(self._given)} groups (flat shards of DeepSpeed's ZeRO are updated one group "
-                "after the other, without the others' gradients: there must be one group; or use "
-                "torch.distributed.fsdp.fully_shard)"
-            )
-        return sum(given.values())
 
     def _init_group(
         self,
@@ -203,7 +164,7 @@ class Ada2MS(Optimizer):
         if not settled:
             for some in lists:
                 some.clear()
-            self._whole_size = self._check_shards(self.param_groups)
+            self._whole_size = check_shards(self.param_groups, self._given, self._shard_group)
             moves = self._shard_group is not None or any(
                 p.grad is not None for group in self.param_groups for p in group["params"]
             )
@@ -229,7 +190,7 @@ class Ada2MS(Optimizer):
         tied = self._tied
         if tied is None or len(tied.signatures) != len(self.param_groups):
             return False
-        model, states, strided, types = tied.scope == "model", self.state, torch.strided, shared.WIDE
+        model, states, strided, types = tied.scope == "model", self.state, torch.strided, COMPUTE_DTYPES
         for group, signature, pair in zip(self.param_groups, tied.signatures, tied.of_group, strict=True):
             if shared.signature(group) != signature:
                 return False
@@ -289,12 +250,12 @@ class Ada2MS(Optimizer):
         sizes: list[int] = []
         pairs: list[int] = []
         self._init_group(params, grads, exp_avgs, exp_avg_sqs, steps, averages, counts, sizes, pairs)
-        batches: list[Batch] = []
+        groups: list[ParamLists] = []
         start = 0
         for group, size, pair in zip(self.param_groups, sizes, pairs, strict=True):
             end = start + size
             some = averages[pair : pair + 1] if group["scope"] == "model" else averages[start:end]
-            batch = Batch(
+            lists = ParamLists(
                 group,
                 params[start:end],
                 grads[start:end],
@@ -304,19 +265,12 @@ class Ada2MS(Optimizer):
                 some,
                 counts[pair],
                 pair,
-                leads=pair not in pairs[: len(batches)],
+                leads=pair not in pairs[: len(groups)],
             )
-            batches.append(batch)
+            groups.append(lists)
             start = end
-        ada2ms(
-            batches,
-            averages,
-            counts[-1],
-            getattr(self, "grad_scale", None),
-            getattr(self, "found_inf", None),
-            self._shard_group,
-            self._whole_size,
-        )
+        scaling = Scaling(getattr(self, "grad_scale", None), getattr(self, "found_inf", None))
+        step_model(groups, averages, counts[-1], scaling, Division(self._shard_group, self._whole_size))
         return loss
 
     def _health_check(self) -> None:
@@ -337,7 +291,7 @@ class Ada2MS(Optimizer):
 
         The moments keep at least float32, whatever the parameters' precision.
         """
-        handle = self.register_load_state_dict_pre_hook(_translate)  # after the user's hooks
+        handle = self.register_load_state_dict_pre_hook(translate)  # after the user's hooks
         try:
             super().load_state_dict(state_dict)
         finally:
@@ -353,96 +307,9 @@ class Ada2MS(Optimizer):
         self.__dict__.setdefault("_shard_group", None)
         self.__dict__.setdefault("_whole_size", None)
         self.__dict__.setdefault("_given", [])
+        restore(self.param_groups, self.state)
         for group in self.param_groups:
-            for key, value in _LATER.items():
-                group.setdefault(key, value)
-            _from_group(group, self.state)
-            for p in group["params"]:
-                for key, value in self.state.get(p, {}).items():
-                    if isinstance(value, _Kept):
-                        dtype = wide(p.dtype) if key in ("exp_avg", "exp_avg_sq") else value.tensor.dtype
-                        self.state[p][key] = value.tensor.to(p.device, dtype)
-                    elif key == "step":
-                        device = p.device if shared.counts_on_device(group, p.device) else "cpu"
-                        self.state[p][key] = shared.count(value, shared.count_dtype(group["fused"]), device)
             if group["fused"]:
                 self._step_supports_amp_scaling = True
         self._tied = None  # what was loaded may belong to someone else, too
         self._tied = shared.tie(self.param_groups, self.state, None, moves=False)
-
-
-@dataclass(frozen=True)
-class _Kept:
-    """A tensor that torch's load_state_dict passes on as it is, in place of casting it to the parameter's dtype."""
-
-    tensor: Tensor
-
-
-def _translate(optimizer: Optimizer, state_dict: StateDict) -> StateDict:
-    """A state dict of Ada2MS, of an earlier version of it or of AdamW, as `Ada2MS.__setstate__` takes it."""
-    groups = [dict(group) for group in state_dict["param_groups"]]
-    if len(groups) != len(optimizer.param_groups):
-        return state_dict  # torch raises
-    for group, own in zip(groups, optimizer.param_groups, strict=True):
-        for key in own.keys() - group.keys() - {"params", "param_names"}:
-            group[key] = own[key]
-        if group["adaptivity"] is None:
-            group["adaptivity"] = own["adaptivity"]
-        elif isinstance(group["adaptivity"], dict):
-            group["adaptivity"] = from_dict(group["adaptivity"])
-    state = dict(state_dict["state"])
-    for pid in (pid for group in groups for pid in group["params"]):
-        if isinstance(state.get(pid), dict):
-            state[pid] = {k: _Kept(x) if isinstance(x, Tensor) and k != "step" else x for k, x in state[pid].items()}
-    return {**state_dict, "state": state, "param_groups": groups}
-
-
-def _from_group(group: dict[str, Any], state: Any) -> None:
-    """Moves s, k and the skipped steps from a group, where an earlier version had them, to the group's parameters."""
-    found = {key: group.pop(key) for key in SHARED if key in group}
-    if K not in found:
-        return
-    started = [p for p in group["params"] if "exp_avg" in state.get(p, ())]
-    if not started and group["params"] and float(found[K]) > 0:
-        started = [min(group["params"], key=lambda p: p.numel())]  # which gets the rest of its state when it is tied
-    for p in started:
-        values = state[p]
-        if K in values:
-            continue
-        if S in values or group["scope"] == "tensor":  # the group's s is nobody's
-            values.update({key: x for key, x in found.items() if key != S})
-        else:
-            values.update(found)
-
-
-def _check_group(options: dict[str, Any], optimizer: dict[str, Any]) -> None:
-    """Raises unless the hyperparameters of a group are allowed; in the words of torch.optim.AdamW if it has any."""
-    if options["fused"] and options["differentiable"]:
-        raise RuntimeError("`fused` does not support `differentiable`")
-    if options["fused"] and options["foreach"]:
-        raise RuntimeError("`fused` and `foreach` cannot be `True` together.")
-    lr, betas, foreach_only = options["lr"], options["betas"], options["foreach"] and not options["capturable"]
-    if not isinstance(betas, (tuple, list)) or len(betas) != 2:
-        raise ValueError(f"Invalid betas: {betas!r} (betas must be a pair of numbers in [0, 1))")
-    for name, value in (("lr", lr), ("betas[0]", betas[0]), ("betas[1]", betas[1])):
-        if isinstance(value, Tensor):
-            if foreach_only:
-                raise ValueError(f"{name} as a Tensor is not supported for capturable=False and foreach=True")
-            if value.numel() != 1:
-                raise ValueError(f"Tensor {name} must be 1-element")
-    if isinstance(betas[0], Tensor) != isinstance(betas[1], Tensor):
-        raise ValueError("betas must be either both floats or both Tensors")
-    for field, argument, value in (
-        ("lr", "lr", lr),
-        ("eps", "eps", options["eps"]),
-        ("b1", "betas[0]", betas[0]),
-        ("b2", "betas[1]", betas[1]),
-        ("weight_decay", "weight_decay", options["weight_decay"]),
-        ("adaptivity", "adaptivity", options["adaptivity"]),
-        ("scope", "scope", options["scope"]),
-        ("nonfinite", "nonfinite", options["nonfinite"]),
-    ):
-        check(field, shared.number(value), argument, schedule=None if field == "adaptivity" else False)
-    for name in ("scope", "nonfinite"):
-        if options[name] != optimizer[name]:
-            raise ValueError(f"Invalid {name}: {options[name]!r} (must be the optimizer's, {optimizer[name]!r})")

@@ -9,7 +9,7 @@ from the s that they have, as v does. A group that starts later takes the s of t
 none, the model's s_hat and k.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,23 +19,15 @@ from torch import Tensor
 from torch.optim.optimizer import _device_dtype_check_for_fused
 
 from ada2ms.core.hyperparameters import check
-from ada2ms.torch.functional import correction
-from ada2ms.torch.reduction import entries, local, whole
+from ada2ms.torch.coefficients import bias_correction
+from ada2ms.torch.numbers import compute_dtype, count, count_dtype, counts_on_device, number
+from ada2ms.torch.reduce import mean, numel
 
 S, K, SKIPPED = SHARED = ("global_exp_avg_sq", "global_step", "skipped")
 State = dict[str, Any]
 Groups = Sequence[dict[str, Any]]
 
 
-class _Wide(dict[torch.dtype, torch.dtype]):
-    """Of parameters' dtypes those of their averages: at least float32, since b2 = 0.999 moves nothing in 16 bits."""
-
-    def __missing__(self, dtype: torch.dtype) -> torch.dtype:
-        self[dtype] = torch.promote_types(dtype, torch.float32)
-        return self[dtype]
-
-
-WIDE = _Wide()
 _ROUNDING = 2.0**-7  # of a bfloat16: whether two numbers may be one, in a state dict that was cast
 
 
@@ -58,21 +50,6 @@ class Tied:
     signatures: list[tuple[Any, ...]]
 
 
-def wide(dtype: torch.dtype) -> torch.dtype:
-    """At least float32."""
-    return WIDE[dtype]
-
-
-def count_dtype(fused: bool | None = False) -> torch.dtype:
-    """As torch's own `step`; never less than float32, which counts to 16 million."""
-    return torch.float64 if torch.get_default_dtype() == torch.float64 and not fused else torch.float32
-
-
-def counts_on_device(group: dict[str, Any], device: torch.device) -> bool:
-    """Whether the counts live beside the parameters, so that nothing waits for them; else on the CPU, as in torch."""
-    return bool(group["capturable"] or group["fused"]) or (group["nonfinite"] == "skip" and device.type != "cpu")
-
-
 def signature(group: dict[str, Any]) -> tuple[Any, ...]:
     """What of a group decides with whom it shares its numbers, and where these lie."""
     params = group["params"]
@@ -86,22 +63,6 @@ def signature(group: dict[str, Any]) -> tuple[Any, ...]:
     )
 
 
-def number(value: Any) -> Any:
-    """A Python number for a tensor of one element; else the value."""
-    return value.detach().item() if isinstance(value, Tensor) and value.numel() == 1 else value
-
-
-def count(value: Any, dtype: torch.dtype, device: torch.device | str | None = None) -> Tensor:
-    """A tensor of its own for a count, which may be a number, or have been cast to 16 bits."""
-    if isinstance(value, Tensor):
-        if value.dtype == torch.float16:  # its infinity is a count above its range
-            value = value.clamp(max=torch.finfo(value.dtype).max)
-        dtype = value.dtype if value.dtype in (torch.float32, torch.float64) else dtype
-        own: Tensor = value.detach().to(device or value.device, dtype, copy=True)
-        return own
-    return torch.tensor(float(value), dtype=dtype, device=device)
-
-
 def make_moments(p: Tensor, state: State, group: dict[str, Any]) -> None:
     """The state of a parameter that has had no update."""
     if group["fused"] and p.is_meta:
@@ -109,61 +70,9 @@ def make_moments(p: Tensor, state: State, group: dict[str, Any]) -> None:
     device = p.device if counts_on_device(group, p.device) else "cpu"
     shared = {key: state.pop(key) for key in SHARED if key in state}
     state["step"] = torch.zeros((), dtype=count_dtype(group["fused"]), device=device)
-    state["exp_avg"] = torch.zeros_like(p, dtype=wide(p.dtype), memory_format=torch.preserve_format)
-    state["exp_avg_sq"] = torch.zeros_like(p, dtype=wide(p.dtype), memory_format=torch.preserve_format)
+    state["exp_avg"] = torch.zeros_like(p, dtype=compute_dtype(p.dtype), memory_format=torch.preserve_format)
+    state["exp_avg_sq"] = torch.zeros_like(p, dtype=compute_dtype(p.dtype), memory_format=torch.preserve_format)
     state.update(shared)
-
-
-def mean(tensors: Sequence[Tensor]) -> Tensor:
-    """The mean over the entries of all of these, in at least float32."""
-    dtype = max((wide(local(x).dtype) for x in tensors), key=lambda dtype: dtype.itemsize)
-    sums = torch.stack([local(x).sum(dtype=dtype).to(tensors[0].device) for x in tensors])
-    total: Tensor = whole(sums, tensors, each=False) / max(sum(map(entries, tensors)), 1)
-    return total
-
-
-def of_state_dict(state_dict: Mapping[str, Any]) -> tuple[list[tuple[float | None, int] | None], int]:
-    """What `(s, k)` each group of a state dict has (None in one of AdamW), and the number of skipped steps.
-
-    An earlier version had them in the groups; with scope "tensor" s is None.
-    """
-    groups, state = state_dict["param_groups"], state_dict["state"]
-    found: list[tuple[float | None, int] | None] = []
-    skipped = 0
-    for group in groups:
-        values = next((state[i] for i in group["params"] if K in state.get(i, ())), group)
-        s = float(values.get(S, 0.0)) if group.get("scope") != "tensor" else None
-        found.append((s, int(values[K])) if K in values else None)
-        skipped = max(skipped, int(values.get(SKIPPED, 0)))
-    for i, group in enumerate(groups):  # what has not started has what it would start with
-        if found[i] is None and "scope" in group:
-            known = [(other["betas"][1], pair) for other, pair in zip(groups, found, strict=True) if pair is not None]
-            b2 = float(group["betas"][1])
-            alike = [pair for other, pair in known if float(other) == b2]
-            if alike:
-                found[i] = alike[0]
-            elif known:
-                other, (s, k) = known[0]
-                if s is not None and k:
-                    s *= float(correction(b2, k, torch.float64)) / float(correction(float(other), k, torch.float64))
-                found[i] = s, k
-            else:
-                found[i] = None if group["scope"] == "tensor" else 0.0, 0
-    return found, skipped
-
-
-def into_state_dict(
-    group: Mapping[str, Any], state: dict[Any, State], pair: tuple[float | None, int], skipped: int
-) -> None:
-    """Gives the parameters of a group of a state dict the numbers that they share; at least one, if any is not 0."""
-    s, k = pair
-    shared = {S: (s, torch.float64), K: (k, torch.float32), SKIPPED: (skipped, torch.float32)}
-    started = [i for i in group["params"] if i in state]
-    if not started and (k or skipped):
-        started = group["params"][:1]  # which gets the rest when it is loaded
-    for i in started:
-        numbers = {key: torch.tensor(float(x), dtype=dtype) for key, (x, dtype) in shared.items() if x is not None}
-        state[i] = {**state.get(i, {}), **numbers}
 
 
 def tie(groups: Groups, state: Any, before: Tied | None, *, moves: bool) -> Tied:
@@ -278,7 +187,7 @@ class _Tying:
                     continue
                 lacking |= K not in state
                 for key in ("exp_avg", "exp_avg_sq"):
-                    state[key] = state[key].to(wide(p.dtype))
+                    state[key] = state[key].to(compute_dtype(p.dtype))
                 if not (isinstance(state["step"], Tensor) and state["step"].itemsize >= 4):
                     state["step"] = count(state["step"], count_dtype(group["fused"]))
                 for key in SHARED:
@@ -318,12 +227,12 @@ class _Tying:
         total, n = 0.0, 0
         for p, x in states:
             if float(x["step"]) > 0:
-                total += entries(p) * float(x[S]) / float(correction(b2_of[p], float(x["step"]), torch.float64))
-                n += entries(p)
+                total += numel(p) * float(x[S]) / float(bias_correction(b2_of[p], float(x["step"]), torch.float64))
+                n += numel(p)
         ks = {p: float(x[K] if K in x else x["step"]) for p, x in states}
         for b2, members in self.classes:
             k = max([ks[p] for i in members for p in self.started(i) if p in ks] or ks.values())
-            s = total / max(n, 1) * float(correction(b2, max(k, 1.0), torch.float64))
+            s = total / max(n, 1) * float(bias_correction(b2, max(k, 1.0), torch.float64))
             tensor = torch.tensor(s, dtype=torch.float64, device=states[0][1][S].device)
             for i in members:
                 for p in self.started(i):
@@ -377,7 +286,7 @@ class _Tying:
                 pair = _Pair(first[1].s, first[1].k.clone())
                 if pair.s is not None:
                     k = pair.k.double()
-                    ratio: Any = correction(b2, k, torch.float64) / correction(first[0], k, torch.float64)
+                    ratio: Any = bias_correction(b2, k, torch.float64) / bias_correction(first[0], k, torch.float64)
                     pair.s = pair.s * ratio.to(pair.s.device)
             for i in members:
                 pairs[i] = pair

@@ -1,23 +1,39 @@
-"""One step of the whole model: the mean of g*g, then s and the update of each parameter group."""
+"""One step of the whole model, downwards: prepare, reduce, gate, coefficients, kernel.
+
+prepare       views of what a process has of each tensor; the kernel of each group; gradients less their scale
+reduce        sum(g*g), over the model or of each tensor
+gate          whether the step counts: decided once, and masked once where the host does not know
+coefficients  counts, s, and what is computed once for each tensor
+kernel        moments and parameters
+"""
 
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, field
+from functools import reduce
+from operator import and_
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.optim.optimizer import _default_to_fused_or_foreach
 
 from ada2ms.core.hyperparameters import check, value_at
-from ada2ms.torch import fused
-from ada2ms.torch.functional import Options, Scalar, _multi_tensor_ada2ms, _single_tensor_ada2ms, correction, together
-from ada2ms.torch.fused import _fused_ada2ms
-from ada2ms.torch.reduction import among, are_plain, entries, local, squares, whole, writable
+from ada2ms.torch.coefficients import bias_correction, coefficients
+from ada2ms.torch.kernels import Options, Scalar, at, group_indices
+from ada2ms.torch.kernels.choose import Kernel, choose, is_single
+from ada2ms.torch.reduce import (
+    all_reduced_sum,
+    all_reduced_sum_over,
+    are_plain,
+    local,
+    numel,
+    squares,
+    writable,
+)
 
 
 @dataclass
-class Batch:
+class ParamLists:
     """What a step needs of one parameter group: the tensors that have a gradient, and their state."""
 
     group: dict[str, Any]
@@ -30,99 +46,178 @@ class Batch:
     k: Tensor
     pair: int  # groups with the same one share s and k
     leads: bool  # whether it is the first of these, which updates them
-    adaptivity: Scalar = 0.0  # in this step
-    plain: bool = False  # whether all are whole, and real
-    fused: bool = False  # whether this step is by the fused kernel
+    views: tuple[list[Tensor], ...] = field(init=False)  # params, exp_avgs, exp_avg_sqs: real, and what is here of them
+    kernel: Kernel = field(init=False)
+    plain: bool = False  # whether the views are the tensors themselves
 
 
-def ada2ms(
-    batches: Sequence[Batch],
-    averages: Sequence[Tensor],
-    skipped: Tensor,
-    grad_scale: Tensor | None = None,
-    found_inf: Tensor | None = None,
-    shard_group: Any = None,
-    whole_size: int | None = None,
+@dataclass(frozen=True)
+class Scaling:
+    """What GradScaler hands to a fused step: what gradients are to be divided by; not 0 if one is not finite."""
+
+    grad_scale: Tensor | None = None
+    found_inf: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class Division:
+    """How a model is divided: among whom, and the number of all entries where padded shards do not say it."""
+
+    group: Any = None
+    whole_size: int | None = None
+
+
+def step_model(
+    groups: Sequence[ParamLists], averages: Sequence[Tensor], skipped: Tensor, scaling: Scaling, division: Division
 ) -> None:
     """One step of the whole model, in place.
 
     Args:
-        batches: one per parameter group.
+        groups: one per parameter group.
         averages: s of all of them.
         skipped: the number of skipped steps.
-        grad_scale: a scalar that the gradients are to be divided by.
-        found_inf: a scalar; unless it is 0, the step is skipped.
-        shard_group: the process group whose members hold the other parameters of the model.
-        whole_size: the number of their entries, if shards are padded.
+        scaling: of the gradients.
+        division: of the model among processes.
     """
-    params = [p for batch in batches for p in batch.params]
-    if not params and shard_group is None:
+    if division.group is None and not any(lists.params for lists in groups):
         return
-    if grad_scale is not None:
-        grad_scale = grad_scale.reshape(())
-    for batch in batches:
-        batch.plain = not torch.compiler.is_compiling() and are_plain(batch.params)
-        if not batch.plain:
-            batch.grads = [local(g, p) for g, p in zip(batch.grads, batch.params, strict=True)]
-        batch.fused = bool(batch.group["fused"]) and not torch.compiler.is_compiling() and fused.supports(batch.grads)
-        if grad_scale is not None and not batch.fused:
-            batch.grads = [
-                g.to(torch.promote_types(g.dtype, torch.float32)) / grad_scale.to(g.device) for g in batch.grads
-            ]
-    group = batches[0].group
-    each, dtype = group["scope"] == "tensor", averages[0].dtype
-    squared = _squares(batches, grad_scale, dtype)
-    if squared.is_meta:  # shapes without values
+    inv_scale = None if scaling.grad_scale is None else scaling.grad_scale.reshape(()).double().reciprocal()
+    for lists in groups:
+        prepare(lists, inv_scale)
+    sums = sums_of_squares(groups, inv_scale, averages[0].dtype)
+    if sums.is_meta:  # shapes without values
         return
-    sizes = [p.numel() for p in params] if all(batch.plain for batch in batches) else [entries(p) for p in params]
-    live: Tensor | None = None
-    size: int | Tensor = whole_size or max(sum(sizes), 1)
-    if shard_group is None:
-        sums = whole(squared, params, each=each)
+    sums, size, any_gradient = reduce_sums(groups, sums, averages[0], division)
+    step_is_live = gate(groups[0].group, sums, scaling.found_inf, any_gradient, skipped)
+    if step_is_live is False:
+        return
+    if isinstance(step_is_live, Tensor):
+        sums = mask(groups, sums, step_is_live)
+    means = mean_squares(groups, sums, size)
+    numbers = [hyperparameters(lists, step_is_live, sums.dtype) for lists in groups]  # of all, before anything changes
+    s_hats: dict[int, Scalar] = {}
+    for lists, some, hyper in zip(groups, means, numbers, strict=True):
+        count(lists, step_is_live)
+        of_lists = global_moments(lists, some, hyper, s_hats)
+        if lists.params:
+            update(lists, hyper, of_lists, inv_scale, step_is_live)
+
+
+def prepare(lists: ParamLists, inv_scale: Tensor | None) -> None:
+    """Views of the tensors of a group, the kernel for them, and unscaled gradients for a kernel that does not scale."""
+    lists.plain = not torch.compiler.is_compiling() and are_plain(lists.params)
+    tensors = lists.params, lists.exp_avgs, lists.exp_avg_sqs
+    if lists.plain:
+        lists.views = tensors
     else:
-        sums, size = among(shard_group, squared, params, averages[0])
-        live = size > 0  # else no member has a gradient, and nothing happens
-        size = whole_size or size.clamp(min=1)
-
-    on_host = _on_host(group, sums)
-    if found_inf is not None:
-        good = found_inf.to(sums.device).squeeze() == 0
-        live = good if live is None else live & good
-    if group["nonfinite"] == "skip":
-        finite = sums.sum().isfinite()
-        writable(skipped).add_(finite.logical_not())
-        live = finite if live is None else live & finite
-    if live is not None and on_host:
-        if not live.item():
-            return
-        live = None
-    if live is not None:
-        sums = torch.where(live, sums, 0.0)
-
-    for batch in batches:  # of all, before anything changes
-        batch.adaptivity = _adaptivity(batch, live, dtype)
-    if not each:
-        mean = sums / size
-        s_hats: dict[int, Scalar] = {}
-        for batch in batches:
-            _update(batch, [mean], live, grad_scale, s_hats)
-        return
-    means = torch._foreach_div(sums.unbind(), [float(max(n, 1)) for n in sizes]) if sizes else ()
-    start = 0
-    for batch in batches:
-        end = start + len(batch.params)
-        _update(batch, means[start:end], live, grad_scale, {})
-        start = end
+        lists.grads = [local(g, p) for g, p in zip(lists.grads, lists.params, strict=True)]
+        lists.views = tuple([local(x) for x in some] for some in tensors)
+    lists.kernel = choose(lists.views[0], lists.grads, lists.group)
+    if inv_scale is not None and not lists.kernel.scales:
+        lists.grads = [g.to(torch.promote_types(g.dtype, torch.float32)) * inv_scale.to(g.device) for g in lists.grads]
 
 
-def _squares(batches: Sequence[Batch], grad_scale: Tensor | None, dtype: torch.dtype) -> Tensor:
-    """sum(g*g) of each gradient of all groups."""
+def sums_of_squares(groups: Sequence[ParamLists], inv_scale: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """sum(g*g) of each gradient of all groups, of what is here of it."""
     found: list[Tensor] = []
-    for batch in batches:
-        if batch.grads:
-            x = fused.squares(batch.grads, grad_scale) if batch.fused else squares(batch.grads, dtype)
-            found.append(x.to(found[0].device if found else x.device, dtype))
-    return torch.cat(found) if found else torch.zeros(0, dtype=dtype)
+    for lists in groups:
+        if not lists.grads:
+            continue
+        x = (lists.kernel.squares or squares)(lists.grads, torch.float64 if lists.kernel.scales else dtype)
+        if inv_scale is not None and lists.kernel.scales:
+            x = x * inv_scale.to(x.device).square()
+        found.append(x.to(found[0].device if found else x.device, dtype))
+    if not found:
+        return torch.zeros(0, dtype=dtype)
+    return torch.cat(found) if len(found) > 1 else found[0]
+
+
+def reduce_sums(
+    groups: Sequence[ParamLists], sums: Tensor, like: Tensor, division: Division
+) -> tuple[Tensor, int | Tensor, Tensor | None]:
+    """The sum over the model, or of each whole tensor; the number of the model's entries; whether any has a gradient,
+    if another process may know.
+    """
+    params = [p for lists in groups for p in lists.params]
+    if division.group is None:
+        sums = all_reduced_sum(sums, params, each=groups[0].group["scope"] == "tensor")
+        return sums, division.whole_size or max(sum(_sizes(groups)), 1), None
+    total, size = all_reduced_sum_over(division.group, sums, params, like)
+    return total, division.whole_size or size.clamp(min=1), size > 0
+
+
+def _sizes(groups: Sequence[ParamLists]) -> list[int]:
+    if all(lists.plain for lists in groups):
+        return [p.numel() for lists in groups for p in lists.params]
+    return [numel(p) for lists in groups for p in lists.params]
+
+
+def gate(
+    group: dict[str, Any], sums: Tensor, found_inf: Tensor | None, any_gradient: Tensor | None, skipped: Tensor
+) -> bool | Tensor:
+    """Whether the step counts; a 0-d tensor where the host does not know. Counts what `nonfinite="skip"` skips."""
+    conditions = [] if any_gradient is None else [any_gradient]
+    if found_inf is not None:
+        conditions.append(found_inf.to(sums.device).squeeze() == 0)
+    if group["nonfinite"] == "skip":
+        conditions.append(sums.sum().isfinite())
+        writable(skipped).add_(conditions[-1].logical_not())
+    if not conditions:
+        return True
+    step_is_live = reduce(and_, conditions)
+    return bool(step_is_live) if _on_host(group, sums) else step_is_live
+
+
+def mask(groups: Sequence[ParamLists], sums: Tensor, step_is_live: Tensor) -> Tensor:
+    """Zeros for the gradients and the sums of a step that does not count; but for kernels that mask by themselves."""
+    for lists in groups:
+        if not lists.kernel.scales:
+            lists.grads = [torch.where(step_is_live.to(g.device), g, 0.0) for g in lists.grads]
+    return torch.where(step_is_live, sums, 0.0)
+
+
+def mean_squares(groups: Sequence[ParamLists], sums: Tensor, size: int | Tensor) -> list[list[Tensor]]:
+    """For each group mean(g*g) of the model, or of each of its tensors."""
+    if groups[0].group["scope"] == "model":
+        mean = sums / size
+        return [[mean] for _ in groups]
+    sizes = [float(max(n, 1)) for n in _sizes(groups)]
+    rest = iter(torch._foreach_div(sums.unbind(), sizes) if sizes else ())
+    return [[next(rest) for _ in lists.params] for lists in groups]
+
+
+class Hyper(NamedTuple):
+    """The hyperparameters of a group in this step. Where it is masked, `lr` and the weights of its gradients are 0."""
+
+    on_host: bool  # whether they are Python numbers, and counts may be read
+    lr: Scalar
+    weight_decay: Scalar
+    beta1: Scalar
+    beta2: Scalar
+    weight1: Scalar  # 1 - beta1
+    weight2: Scalar  # 1 - beta2
+    adaptivity: Scalar
+
+
+def hyperparameters(lists: ParamLists, step_is_live: bool | Tensor, dtype: torch.dtype) -> Hyper:
+    """Those of a group, numbers where the host may know them.
+
+    Raises:
+        TypeError, ValueError: the adaptivity is a number, and none that is allowed.
+    """
+    group, k = lists.group, lists.k
+    on_host = step_is_live is True and _on_host(group, k)
+    known = on_host and not group["differentiable"]
+    lr, weight_decay, beta1, beta2 = (_scalar(x, known) for x in (group["lr"], group["weight_decay"], *group["betas"]))
+    completed = int(k.item()) if on_host else k.to(dtype)
+    adaptivity = _scalar(value_at(group["adaptivity"], completed), known)
+    if not isinstance(adaptivity, Tensor) and not torch.compiler.is_compiling():
+        check("adaptivity", adaptivity, schedule=False)
+    weight1, weight2 = 1 - beta1, 1 - beta2
+    if isinstance(step_is_live, Tensor):
+        weight = step_is_live.to(dtype)
+        lr, weight1, weight2 = lr * weight, weight1 * weight, weight2 * weight
+    return Hyper(on_host, lr, weight_decay, beta1, beta2, weight1, weight2, adaptivity)
 
 
 def _on_host(group: dict[str, Any], tensor: Tensor) -> bool:
@@ -130,125 +225,129 @@ def _on_host(group: dict[str, Any], tensor: Tensor) -> bool:
     return tensor.is_cpu and type(tensor) is Tensor and not group["capturable"] and not torch.compiler.is_compiling()
 
 
-def _scalar(value: Any, on_host: bool) -> Any:
+def _scalar(value: Any, known: bool) -> Any:
     """A number where the host may know it, else a 0-d tensor."""
     if not isinstance(value, Tensor):
         return value
-    return value.item() if on_host else value.reshape(())
+    return value.item() if known else value.reshape(())
 
 
-def _corrected(batch: Batch, beta2: Scalar, on_host: bool) -> list[Scalar]:
+def count(lists: ParamLists, step_is_live: bool | Tensor) -> None:
+    """T <- t + 1 of each tensor, and k <- k + 1, in a step that counts."""
+    counts = [lists.k, *lists.steps] if lists.leads else lists.steps
+    if torch.compiler.is_compiling():
+        for x in counts:
+            writable(x).add_(step_is_live.to(x.device) if isinstance(step_is_live, Tensor) else 1)
+    elif isinstance(step_is_live, Tensor):
+        for indices in group_indices([(x.device, x.dtype) for x in counts]):
+            some = [counts[i] for i in indices]
+            torch._foreach_add_(some, step_is_live.to(some[0]), alpha=1)  # alpha selects the Tensor overload
+    elif counts:
+        torch._foreach_add_(counts, 1)
+
+
+def global_moments(lists: ParamLists, means: Sequence[Tensor], hyper: Hyper, s_hats: dict[int, Scalar]) -> list[Scalar]:
+    """S <- b2*s + (1-b2)*mean(g*g), and s_hat = s/(1-b2^k): one, or one for each tensor.
+
+    `s_hats` has those of the pairs that a group has led in this step, since groups that share s update it once.
+    """
+    model = lists.group["scope"] == "model"
+    if (lists.leads or not model) and lists.global_exp_avg_sqs:
+        averages = [writable(s) for s in lists.global_exp_avg_sqs]
+        weight2 = hyper.weight2
+        torch._foreach_mul_(averages, 1 - weight2 if isinstance(weight2, Tensor) else hyper.beta2)
+        some = [mean.to(s.device, s.dtype) for mean, s in zip(means, lists.global_exp_avg_sqs, strict=True)]
+        torch._foreach_add_(averages, torch._foreach_mul(some, weight2))
+        found = _corrected(lists, hyper)
+        if not model:
+            return found
+        s_hats[lists.pair] = found[0]
+    return [s_hats[lists.pair]] if model else []
+
+
+def _corrected(lists: ParamLists, hyper: Hyper) -> list[Scalar]:
     """s_hat = s/(1-b2^k) of the group or of each tensor, numbers where the host may know them."""
-    counts = batch.steps if batch.group["scope"] == "tensor" else [batch.k]
-    averages = batch.global_exp_avg_sqs
-    dtype, device, differentiable = averages[0].dtype, counts[0].device, batch.group["differentiable"]
-    if on_host and not differentiable and all(s.is_cpu for s in averages):
-        return [s.item() / correction(beta2, t.item(), dtype) for s, t in zip(averages, counts, strict=True)]
+    counts = lists.steps if lists.group["scope"] == "tensor" else [lists.k]
+    averages = lists.global_exp_avg_sqs
+    dtype, device, differentiable = averages[0].dtype, counts[0].device, lists.group["differentiable"]
+    if hyper.on_host and not differentiable and all(s.is_cpu for s in averages):
+        return [s.item() / bias_correction(hyper.beta2, t.item(), dtype) for s, t in zip(averages, counts, strict=True)]
     if differentiable:
         averages = [s.clone() for s in averages]  # which the next step writes to
-    if on_host:
-        corrections: Any = [correction(beta2, count.item(), dtype) for count in counts]
+    if hyper.on_host:
+        corrections: Any = [bias_correction(hyper.beta2, t.item(), dtype) for t in counts]
     else:
-        stack = torch.as_tensor(correction(beta2, torch.stack([count.to(device) for count in counts]), dtype))
+        stack = torch.as_tensor(bias_correction(hyper.beta2, torch.stack([t.to(device) for t in counts]), dtype))
         corrections = [x if x.is_cpu else x.to(s.device) for x, s in zip(stack, averages, strict=True)]
     return list(torch._foreach_div(averages, corrections))
 
 
-def _adaptivity(batch: Batch, live: Tensor | None, dtype: torch.dtype) -> Scalar:
-    """The adaptivity of a group in this step; raises where it is a number and is none that is allowed."""
-    group, k = batch.group, batch.k
-    on_host = live is None and _on_host(group, k)
-    count = int(k.item()) if on_host else k.to(dtype)
-    adaptivity: Scalar = _scalar(value_at(group["adaptivity"], count), on_host and not group["differentiable"])
-    if not isinstance(adaptivity, Tensor) and not torch.compiler.is_compiling():
-        check("adaptivity", adaptivity, schedule=False)
-    return adaptivity
-
-
-def _update(
-    batch: Batch,
-    means: Sequence[Tensor],
-    live: Tensor | None,
-    grad_scale: Tensor | None,
-    s_hats_of_pairs: dict[int, Scalar],
+def update(
+    lists: ParamLists,
+    hyper: Hyper,
+    s_hats: Sequence[Scalar],
+    inv_scale: Tensor | None,
+    step_is_live: bool | Tensor,
 ) -> None:
-    """One step of a group, given mean(g*g) of the model or of each tensor, and whether to update at all."""
-    group, k, dtype = batch.group, batch.k, means[0].dtype if means else torch.float32
-    on_host = live is None and _on_host(group, k)
-    differentiable = group["differentiable"]
-    numbers = (group["lr"], group["weight_decay"], *group["betas"])
-    lr, weight_decay, beta1, beta2 = [_scalar(x, on_host and not differentiable) for x in numbers]
-    counts = [k, *batch.steps] if batch.leads else batch.steps
-    if not counts:
-        return
-    if torch.compiler.is_compiling():
-        for count in counts:
-            writable(count).add_(1 if live is None else live.to(count.device))
-    elif live is None:
-        torch._foreach_add_(counts, 1)
-    else:
-        for indices in together(counts, lambda count: (count.device, count.dtype)):
-            some = [counts[i] for i in indices]
-            torch._foreach_add_(some, live.to(some[0]), alpha=1)  # with alpha, a tensor is not taken for a number
-    weight2 = 1 - beta2
-    if live is not None:  # a step that is skipped: no learning rate, and no weight to this gradient
-        lr, weight2 = lr * live.to(dtype), weight2 * live.to(dtype)
-
-    # s <- b2*s + (1-b2)*mean(g*g),   s_hat = s/(1-b2^k)
-    s_hats: list[Scalar] = []
-    model = group["scope"] == "model"
-    if batch.global_exp_avg_sqs and (batch.leads or not model):
-        averages = [writable(s) for s in batch.global_exp_avg_sqs]
-        torch._foreach_mul_(averages, 1 - weight2 if isinstance(weight2, Tensor) else beta2)
-        means = [mean.to(s.device, s.dtype) for mean, s in zip(means, batch.global_exp_avg_sqs, strict=True)]
-        torch._foreach_add_(averages, torch._foreach_mul(means, weight2))
-        s_hats = _corrected(batch, beta2, on_host)
-    if model:
-        if batch.leads:
-            s_hats_of_pairs[batch.pair] = s_hats[0]
-        s_hats = [s_hats_of_pairs[batch.pair]] * len(batch.params)
-
-    if not batch.params:
-        return
+    """Coefficients and kernel for the tensors of a group, those of one device and dtype together."""
+    group, kernel, (params, exp_avgs, exp_avg_sqs) = lists.group, lists.kernel, lists.views
+    decays = isinstance(hyper.weight_decay, Tensor) or hyper.weight_decay != 0
     options = Options(
-        lr,
-        beta1,
-        beta2,
-        group["eps"],
-        weight_decay,
-        batch.adaptivity,
+        hyper.beta1,
+        hyper.beta2,
+        hyper.weight1,
+        hyper.weight2,
+        1 - hyper.lr * hyper.weight_decay if decays else None,
+        hyper.adaptivity,
         group["maximize"],
-        differentiable,
-        live,
-        grad_scale if batch.fused else None,
+        group["differentiable"],
+        inv_scale if inv_scale is not None and kernel.scales else 1.0,
+        step_is_live if isinstance(step_is_live, Tensor) and kernel.scales else None,
     )
-    tensors = [batch.params, batch.exp_avgs, batch.exp_avg_sqs]
-    params, exp_avgs, exp_avg_sqs = tensors if batch.plain else [[local(x) for x in xs] for xs in tensors]
-    if batch.fused:
-        _fused_ada2ms(params, batch.grads, exp_avgs, exp_avg_sqs, batch.steps, s_hats, options)
-        return
-    foreach = group["foreach"]
-    if foreach is None:
-        foreach = _default_to_fused_or_foreach(params, differentiable, use_fused=False)[1]
-    steps: list[Any] = [t.item() for t in batch.steps] if on_host else batch.steps
-    (_multi_tensor_ada2ms if foreach else _single_tensor_ada2ms)(
-        params,
-        batch.grads,
-        exp_avgs,
-        exp_avg_sqs,
-        steps if foreach else _in_turn(batch.steps, steps),
-        s_hats,
-        options,
-    )
+    counts: Sequence[Scalar] = lists.steps
+    if hyper.on_host:
+        counts = kernel.counts(lists.steps) if kernel.counts is not None else [t.item() for t in lists.steps]
+    if is_single(kernel):
+        counts = _in_turn(lists.steps, counts)
+    tensors = params, lists.grads, exp_avgs, exp_avg_sqs
+    together = _alike(exp_avgs, kernel)
+    for indices in together:
+        whole = len(together) == 1
+        here = tensors if whole else tuple([x[i] for i in indices] for x in tensors)
+        moment = exp_avgs[indices[0]]
+        each = coefficients(
+            hyper.lr,
+            (hyper.beta1, hyper.beta2),
+            group["eps"],
+            hyper.adaptivity,
+            counts if whole else [counts[i] for i in indices],
+            s_hats if len(s_hats) == 1 else at(list(s_hats), indices),
+            moment.device,
+            torch.float64 if kernel.on_device else moment.dtype,
+            fold=kernel.folds,
+            gather=kernel.on_device,
+        )
+        kernel.update(*here, each, options)
 
 
-def _in_turn(counts: list[Tensor], steps: list[Any]) -> list[Any]:
+def _alike(exp_avgs: Sequence[Tensor], kernel: Kernel) -> list[list[int]]:
+    """The indices of moments of one device and dtype, together."""
+    if kernel.squares is not None:  # all are on the CPU
+        keys: list[Any] = [x.dtype for x in exp_avgs]
+    else:
+        keys = [(x.device, x.dtype) for x in exp_avgs]
+    if not torch.compiler.is_compiling() and len(set(keys)) == 1:
+        return [list(range(len(keys)))]
+    return group_indices(keys)
+
+
+def _in_turn(steps: Sequence[Tensor], counts: Sequence[Scalar]) -> Sequence[Scalar]:
     """Counts after each tensor's own update: for a parameter that is listed more than once, one after the other."""
-    if torch.compiler.is_compiling() or len(set(map(id, counts))) == len(counts):
-        return steps
-    later = Counter(map(id, counts))
+    if torch.compiler.is_compiling() or len(set(map(id, steps))) == len(steps):
+        return counts
+    later = Counter(map(id, steps))
     found = []
-    for x, t in zip(counts, steps, strict=True):
+    for x, t in zip(steps, counts, strict=True):
         later[id(x)] -= 1
         found.append(t - later[id(x)])
     return found

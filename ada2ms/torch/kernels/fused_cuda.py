@@ -1,9 +1,10 @@
-"""The rule on CUDA, in Triton: one launch and one pass over all tensors, with every number read from device memory.
+"""The update on CUDA in Triton: one launch and one pass over all tensors, with every number read from device memory.
 
 Nothing here waits for the device or is compiled again when a number changes, and it can be captured in a CUDA graph.
 """
 
 from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import numpy as np
@@ -13,14 +14,15 @@ import triton.language as tl
 from numpy.typing import NDArray
 from torch import Tensor
 
-from ada2ms.torch.functional import Options, _single_tensor_ada2ms, scalars, stacked
+from ada2ms.core.coefficients import Coefficients, power_kind
+from ada2ms.torch.kernels import Options, at, single
 
 _BLOCK, _CHUNK = 1024, 8192  # entries at once; entries of a program, which are of one tensor
 
 
 @triton.jit  # type: ignore[untyped-decorator]
 def _power(x, coarse, fine):  # type: ignore[no-untyped-def]
-    """x^(coarse + fine) in float32, to some epsilons; as in fused.cpp, but for the device's own log2 and exp2."""
+    """x^(coarse + fine) in float32, to some epsilons; as in fused_cpu.cpp, but for the device's own log2 and exp2."""
     subnormal = x < 1.1754943508222875e-38
     bits = tl.where(subnormal, x * 16777216.0, x).to(tl.int32, bitcast=True)
     # x = 2^e * y, with y between the roots of 1/2 and 2;   (coarse + fine)*log2(x) = n + r, with n whole
@@ -35,13 +37,13 @@ def _power(x, coarse, fine):  # type: ignore[no-untyped-def]
 
 
 @triton.jit  # type: ignore[untyped-decorator]
-def _root(v, coarse, fine, ROOT: tl.constexpr):  # type: ignore[no-untyped-def]  # noqa: N803
-    """The power of v; its square root where ROOT is 1, the root of that where it is 2."""
+def _denom_power(v, coarse, fine, KIND: tl.constexpr):  # type: ignore[no-untyped-def]  # noqa: N803
+    """v^(a/2), by as many square roots as `PowerKind` says, or by a power where it is 3."""
     double: tl.constexpr = v.dtype.is_fp64()
-    if ROOT == 3:
+    if KIND == 3:
         v = tl.exp2((coarse + fine) * tl.log2(v)) if double else _power(v, coarse, fine)
     else:
-        for _ in tl.static_range(ROOT):
+        for _ in tl.static_range(KIND):
             v = tl.sqrt(v) if double else tl.sqrt_rn(v)  # the other one is approximate in float32
     return v
 
@@ -56,7 +58,7 @@ def _update(  # type: ignore[no-untyped-def]
     G: tl.constexpr,  # noqa: N803
     M: tl.constexpr,  # noqa: N803
     ALIGNED: tl.constexpr,  # noqa: N803
-    ROOT: tl.constexpr,  # noqa: N803
+    KIND: tl.constexpr,  # noqa: N803
     CHUNK: tl.constexpr,  # noqa: N803
     BLOCK: tl.constexpr,  # noqa: N803
 ):
@@ -67,76 +69,81 @@ def _update(  # type: ignore[no-untyped-def]
     m_ptr = tl.load(row + 2).to(tl.pointer_type(M))
     v_ptr = tl.load(row + 3).to(tl.pointer_type(M))
     index, first = tl.load(row + 5), tl.load(row + 6)
-    live = tl.load(numbers + 1)
-    size = tl.load(row + 4) * live.to(tl.int64)  # 0 in a step that is skipped
+    step_is_live = tl.load(numbers + 1)
+    size = tl.load(row + 4) * step_is_live.to(tl.int64)  # no entries in a step that does not count
     if ALIGNED:  # so that it loads and stores 16 bytes at a time
         p_ptr, g_ptr = tl.multiple_of(p_ptr, 16), tl.multiple_of(g_ptr, 16)
         m_ptr, v_ptr, size = tl.multiple_of(m_ptr, 16), tl.multiple_of(v_ptr, 16), tl.multiple_of(size, 16)
 
-    unscale, eps, decay = tl.load(numbers).to(M), tl.load(numbers + 4).to(M), tl.load(numbers + 6).to(M)
+    inv_scale, eps, decay_factor = tl.load(numbers).to(M), tl.load(numbers + 4).to(M), tl.load(numbers + 6).to(M)
     beta1, beta2, exponent = tl.load(numbers + 2), tl.load(numbers + 3), tl.load(numbers + 5)
     beta1, weight1 = beta1.to(M), (1 - beta1).to(M)
     beta2, weight2 = beta2.to(M), (1 - beta2).to(M)
     coarse = tl.floor(exponent * 2.0**17 + 0.5) * 2.0**-17  # times an exponent it is exact in float32
     coarse, fine = coarse.to(M), (exponent - coarse).to(M)
-    step_size, factor = tl.load(each + 2 * index).to(M), tl.load(each + 2 * index + 1).to(M)
+    step_size, denom_scale = tl.load(each + 2 * index).to(M), tl.load(each + 2 * index + 1).to(M)
 
     start = (tl.program_id(0) - first) * CHUNK
     for block in range(start, min(start + CHUNK, size), BLOCK):
         i = block + tl.arange(0, BLOCK)
         mask = i < size
         m, v = tl.load(m_ptr + i, mask=mask, other=0.0), tl.load(v_ptr + i, mask=mask, other=0.0)
-        g = tl.load(g_ptr + i, mask=mask, other=0.0).to(M) * unscale
+        g = tl.load(g_ptr + i, mask=mask, other=0.0).to(M) * inv_scale
         p = tl.load(p_ptr + i, mask=mask, other=0.0).to(M)
         m = beta1 * m + weight1 * g
         v = beta2 * v + weight2 * g * g
-        update = m
-        if ROOT != 0:
-            d = factor * _root(v, coarse, fine, ROOT) + eps
-            d = tl.where(d == 0, float("inf"), d)  # 0 only without eps: nothing has moved yet
-            update = m / d if m.dtype.is_fp64() else tl.div_rn(m, d)  # the other one is approximate in float32
-        p = decay * p - step_size * update
+        quotient = m  # at the adaptivity 0 the step size has been divided by d
+        if KIND != 0:
+            # d = v_hat^(a/2) * s_hat^((1-a)/2) + eps
+            d = denom_scale * _denom_power(v, coarse, fine, KIND) + eps
+            d = tl.where(d == 0, float("inf"), d)  # where nothing has moved yet, the update is 0 / inf = 0
+            quotient = m / d if m.dtype.is_fp64() else tl.div_rn(m, d)  # the other one is approximate in float32
+        p = decay_factor * p - step_size * quotient
         tl.store(m_ptr + i, m, mask=mask)
         tl.store(v_ptr + i, v, mask=mask)
         tl.store(p_ptr + i, p.to(P), mask=mask)
 
 
-def _fused_ada2ms(
+def update(
     params: Sequence[Tensor],
     grads: Sequence[Tensor],
     exp_avgs: Sequence[Tensor],
     exp_avg_sqs: Sequence[Tensor],
-    steps: Sequence[Tensor],
-    s_hats: Sequence[Tensor],
-    o: Options,
+    coefficients: Coefficients,
+    options: Options,
 ) -> None:
-    """As `_single_tensor_ada2ms`, for tensors of one device that has the counts and s_hats too."""
+    """See `ada2ms.torch.kernels`."""
     device = exp_avgs[0].device
-    wide = {dtype: torch.promote_types(dtype, torch.float32) for dtype in {p.dtype for p in params}}
+    compute_dtype = {dtype: torch.promote_types(dtype, torch.float32) for dtype in {p.dtype for p in params}}
     rows: dict[tuple[torch.dtype, ...], list[tuple[int, ...]]] = {}  # by what the kernel is compiled for
     held = []  # gradients that were laid out anew, until they have been read
     for i, (p, g, m, v) in enumerate(zip(params, grads, exp_avgs, exp_avg_sqs, strict=True)):
         contiguous = p.is_contiguous() and g.is_contiguous() and m.is_contiguous() and v.is_contiguous()
-        if not m.dtype == v.dtype == wide[p.dtype] or not (contiguous or _together(p, m, v)):  # rare; without a kernel
-            if o.grad_scale is not None:
-                g = g.to(wide[p.dtype]) / o.grad_scale.to(device)
-            one = o._replace(grad_scale=None)
-            _single_tensor_ada2ms([p], [g], [m], [v], [steps[i]], [s_hats[i]], one)
+        if not m.dtype == v.dtype == compute_dtype[p.dtype] or not (contiguous or _same_layout(p, m, v)):  # rare
+            each = Coefficients(*(at(x, [i]) for x in coefficients))
+            single.update([p], [_masked(g, options, m.dtype)], [m], [v], each, options)
             continue
-        if not (contiguous or _together(p, g)):
+        if not (contiguous or _same_layout(p, g)):
             g = torch.empty_like(p, dtype=g.dtype).copy_(g)
             held.append(g)
         row = (p.data_ptr(), g.data_ptr(), m.data_ptr(), v.data_ptr(), p.numel(), i)
         rows.setdefault((p.dtype, g.dtype, m.dtype), []).append(row)
 
-    root = 3 if isinstance(o.adaptivity, Tensor) else {0: 0, 1: 1, 0.5: 2}.get(o.adaptivity, 3)
-    of_all, of_each = _of_all(o, device), _of_each(steps, s_hats, o, device)
+    kind = int(power_kind(options.adaptivity / 2))
+    of_all, of_each = _of_all(coefficients.eps, options, device), _of_each(coefficients, len(params), device)
     for dtypes, found in rows.items():
-        kinds = [getattr(tl, str(dtype).removeprefix("torch.")) for dtype in dtypes]
+        types = [getattr(tl, str(dtype).removeprefix("torch.")) for dtype in dtypes]
         p_type, g_type, m_type = dtypes
         for aligned, parts in _parts(np.array(found), [p_type.itemsize, g_type.itemsize, *[m_type.itemsize] * 2]):
             table, owners = _table(parts, device)
-            _update[len(owners),](table, owners, of_all, of_each, *kinds, aligned, root, _CHUNK, _BLOCK)
+            with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
+                _update[len(owners),](table, owners, of_all, of_each, *types, aligned, kind, _CHUNK, _BLOCK)
+
+
+def _masked(g: Tensor, options: Options, dtype: torch.dtype) -> Tensor:
+    """A gradient for the kernel that is given it unscaled, and zeros in a step that does not count."""
+    g = g.to(dtype) * options.inv_scale
+    return g if options.step_is_live is None else torch.where(options.step_is_live.to(g.device), g, 0.0)
 
 
 def _parts(rows: NDArray[Any], itemsizes: list[int]) -> Iterator[tuple[bool, NDArray[Any]]]:
@@ -168,17 +175,16 @@ def _table(rows: NDArray[Any], device: torch.device) -> tuple[Tensor, Tensor]:
     return on_device[: table.size], on_device[table.size :]
 
 
-def _of_all(o: Options, device: torch.device) -> Tensor:
+def _of_all(eps: float, options: Options, device: torch.device) -> Tensor:
     """What the tensors share: gradient factor, whether the step counts, b1, b2, eps, a/2, 1 - lr*wd; float64."""
-    unscale = 1.0 if o.grad_scale is None else 1 / o.grad_scale.to(device, torch.float64)
     numbers = (
-        -unscale if o.maximize else unscale,
-        1.0 if o.live is None else o.live,
-        o.beta1,
-        o.beta2,
-        o.eps,
-        o.adaptivity / 2,
-        1 - o.lr * o.weight_decay,
+        -options.inv_scale if options.maximize else options.inv_scale,
+        1.0 if options.step_is_live is None else options.step_is_live,
+        options.beta1,
+        options.beta2,
+        eps,
+        options.adaptivity / 2,
+        1.0 if options.decay_factor is None else options.decay_factor,
     )
     vector = _on_device([0.0 if isinstance(x, Tensor) else x for x in numbers], torch.float64, device)
     for i, x in enumerate(numbers):
@@ -187,12 +193,16 @@ def _of_all(o: Options, device: torch.device) -> Tensor:
     return vector
 
 
-def _of_each(steps: Sequence[Tensor], s_hats: Sequence[Tensor], o: Options, device: torch.device) -> Tensor:
-    """Step size and factor of each tensor, float64; by a few operations for all of them together."""
-    t, s_hat = (torch.as_tensor(stacked([x.to(device) for x in xs])).double() for xs in (steps, s_hats))
-    step_size, factor, _ = scalars(t, s_hat, device, torch.float64, o)
-    columns = (step_size, torch.ones_like(t) if factor is None else factor)
-    return torch.stack([torch.as_tensor(x).expand(len(steps)) for x in columns], dim=1)
+def _of_each(coefficients: Coefficients, n: int, device: torch.device) -> Tensor:
+    """Step size and `denom_scale` of each tensor, float64; by a few operations for all of them together."""
+    scale = 1.0 if coefficients.denom_scale is None else coefficients.denom_scale
+    columns = []
+    for x in (coefficients.step_size, scale):
+        x = torch.stack(x) if isinstance(x, list) and isinstance(x[0], Tensor) else x
+        if not isinstance(x, Tensor):
+            x = _on_device(x if isinstance(x, list) else [x], torch.float64, device)
+        columns.append(x.to(device, torch.float64).expand(n))
+    return torch.stack(columns, dim=1)
 
 
 def _on_device(numbers: Sequence[float], dtype: torch.dtype, device: torch.device) -> Tensor:
@@ -210,7 +220,7 @@ def _captured(device: torch.device) -> bool:
     return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
 
 
-def _together(p: Tensor, *others: Tensor) -> bool:
+def _same_layout(p: Tensor, *others: Tensor) -> bool:
     """Whether they lie in memory alike, and without gaps."""
     if p.is_contiguous():
         return all(x.is_contiguous() for x in others)

@@ -1,6 +1,6 @@
 // The rule on the CPU: one pass over the data of all tensors together, and one over the gradients before it.
 //
-// The formulas and their names are those of ada2ms/core/spec.py. Built on first use by ada2ms/torch/fused.py, for the
+// The formulas and their names are those of ada2ms/core/spec.py. Built on first use by fused_cpu.py, for the
 // instructions that torch found on this machine; the loops are written such that a compiler makes them vectors.
 
 #include <ATen/Parallel.h>
@@ -61,41 +61,46 @@ inline float power(float x, float coarse, float fine) {
 
 inline double power(double x, double coarse, double fine) { return std::pow(x, coarse + fine); }
 
-enum class Root { kNone, kSquare, kFourth, kPower };
+// How v^(a/2) is computed: by square roots where they say the same.
+enum class PowerKind { kOne, kSqrt, kFourthRoot, kPower };
 
-Root root_of(double adaptivity) {
-  return adaptivity == 0 ? Root::kNone
-      : adaptivity == 1 ? Root::kSquare
-      : adaptivity == 0.5 ? Root::kFourth
-      : Root::kPower;
+PowerKind power_kind(double adaptivity) {
+  return adaptivity == 0 ? PowerKind::kOne
+      : adaptivity == 1 ? PowerKind::kSqrt
+      : adaptivity == 0.5 ? PowerKind::kFourthRoot
+      : PowerKind::kPower;
 }
 
 template <typename W>
 struct Scalars {
-  W unscale, beta1, weight1, beta2, weight2, coarse, fine, factor, eps, decay, step_size;
+  W inv_scale, beta1, weight1, beta2, weight2, coarse, fine, denom_scale, eps, decay_factor, step_size;
 
   template <typename To>
   Scalars<To> as() const {
-    return {To(unscale), To(beta1), To(weight1), To(beta2), To(weight2),
-            To(coarse), To(fine), To(factor), To(eps), To(decay), To(step_size)};
+    return {To(inv_scale), To(beta1), To(weight1), To(beta2), To(weight2),
+            To(coarse), To(fine), To(denom_scale), To(eps), To(decay_factor), To(step_size)};
   }
 };
 
-template <Root root, typename W>
+template <PowerKind kind, typename W>
 void update(int64_t n, W* __restrict p, const W* __restrict g, W* __restrict m, W* __restrict v, const Scalars<W> c) {
   for (int64_t i = 0; i < n; ++i) {
-    const W x = g[i] * c.unscale;
+    const W x = g[i] * c.inv_scale;
     const W m_new = c.beta1 * m[i] + c.weight1 * x;
     const W v_new = c.beta2 * v[i] + c.weight2 * x * x;
-    W d;
-    if constexpr (root == Root::kNone) d = c.factor + c.eps;
-    else if constexpr (root == Root::kSquare) d = c.factor * std::sqrt(v_new) + c.eps;
-    else if constexpr (root == Root::kFourth) d = c.factor * std::sqrt(std::sqrt(v_new)) + c.eps;
-    else d = c.factor * power(v_new, c.coarse, c.fine) + c.eps;
-    d = d == 0 ? std::numeric_limits<W>::infinity() : d;  // only without eps: where nothing has moved, no update
+    W quotient = m_new;  // at the adaptivity 0 the step size has been divided by d
+    if constexpr (kind != PowerKind::kOne) {
+      W power_of_v;
+      if constexpr (kind == PowerKind::kSqrt) power_of_v = std::sqrt(v_new);
+      else if constexpr (kind == PowerKind::kFourthRoot) power_of_v = std::sqrt(std::sqrt(v_new));
+      else power_of_v = power(v_new, c.coarse, c.fine);
+      // d = v_hat^(a/2) * s_hat^((1-a)/2) + eps
+      const W d = c.denom_scale * power_of_v + c.eps;
+      quotient = m_new / (d == 0 ? std::numeric_limits<W>::infinity() : d);  // 0 where nothing has moved yet
+    }
     m[i] = m_new;
     v[i] = v_new;
-    p[i] = c.decay * p[i] - c.step_size * (m_new / d);
+    p[i] = c.decay_factor * p[i] - c.step_size * quotient;
   }
 }
 
@@ -106,42 +111,42 @@ struct Work {
   void (*run)(const Work&, int64_t begin, int64_t end);
 };
 
-template <Root root, typename P, typename G, typename W>
+template <PowerKind kind, typename P, typename G, typename W>
 void run(const Work& work, int64_t begin, int64_t end) {
   P* p = static_cast<P*>(work.p);
   const G* g = static_cast<const G*>(work.g);
   W *m = static_cast<W*>(work.m), *v = static_cast<W*>(work.v);
   const auto c = work.scalars.template as<W>();
   if constexpr (std::is_same_v<P, W>) {
-    update<root, W>(end - begin, p + begin, g + begin, m + begin, v + begin, c);
+    update<kind, W>(end - begin, p + begin, g + begin, m + begin, v + begin, c);
   } else {
     W wide_p[kBuffer], wide_g[kBuffer];
     for (; begin < end; begin += kBuffer) {
       const int64_t n = std::min(kBuffer, end - begin);
       for (int64_t i = 0; i < n; ++i) wide_p[i] = static_cast<W>(p[begin + i]);
       for (int64_t i = 0; i < n; ++i) wide_g[i] = static_cast<W>(g[begin + i]);
-      update<root, W>(n, wide_p, wide_g, m + begin, v + begin, c);
+      update<kind, W>(n, wide_p, wide_g, m + begin, v + begin, c);
       for (int64_t i = 0; i < n; ++i) p[begin + i] = static_cast<P>(wide_p[i]);
     }
   }
 }
 
-template <Root root>
+template <PowerKind kind>
 auto run_for(at::ScalarType p, at::ScalarType g) -> decltype(Work::run) {
-  if (p == at::kDouble) return run<root, double, double, double>;
-  if (p == at::kHalf) return g == p ? run<root, at::Half, at::Half, float> : run<root, at::Half, float, float>;
+  if (p == at::kDouble) return run<kind, double, double, double>;
+  if (p == at::kHalf) return g == p ? run<kind, at::Half, at::Half, float> : run<kind, at::Half, float, float>;
   if (p == at::kBFloat16)
-    return g == p ? run<root, at::BFloat16, at::BFloat16, float> : run<root, at::BFloat16, float, float>;
+    return g == p ? run<kind, at::BFloat16, at::BFloat16, float> : run<kind, at::BFloat16, float, float>;
   TORCH_CHECK_NOT_IMPLEMENTED(p == at::kFloat, "fused Ada2MS has no kernel for parameters of dtype ", p);
-  return run<root, float, float, float>;
+  return run<kind, float, float, float>;
 }
 
-decltype(Work::run) run_for(Root root, at::ScalarType p, at::ScalarType g) {
-  switch (root) {
-    case Root::kNone: return run_for<Root::kNone>(p, g);
-    case Root::kSquare: return run_for<Root::kSquare>(p, g);
-    case Root::kFourth: return run_for<Root::kFourth>(p, g);
-    default: return run_for<Root::kPower>(p, g);
+decltype(Work::run) run_for(PowerKind kind, at::ScalarType p, at::ScalarType g) {
+  switch (kind) {
+    case PowerKind::kOne: return run_for<PowerKind::kOne>(p, g);
+    case PowerKind::kSqrt: return run_for<PowerKind::kSqrt>(p, g);
+    case PowerKind::kFourthRoot: return run_for<PowerKind::kFourthRoot>(p, g);
+    default: return run_for<PowerKind::kPower>(p, g);
   }
 }
 
@@ -167,17 +172,19 @@ Tensor laid_out_as(const Tensor& x, const Tensor& like, at::ScalarType dtype) {
   return at::empty_strided(like.sizes(), like.strides(), x.options().dtype(dtype)).copy_(x);
 }
 
-double count(const Tensor& x) {
-  return x.scalar_type() == at::kFloat ? *x.const_data_ptr<float>() : x.item().toDouble();
+// The values of counts, which are 0-d tensors.
+std::vector<double> counts(TensorList tensors) {
+  std::vector<double> values;
+  values.reserve(tensors.size());
+  for (const Tensor& x : tensors)
+    values.push_back(x.scalar_type() == at::kFloat ? *x.const_data_ptr<float>() : x.item().toDouble());
+  return values;
 }
 
-// 1 - beta^t
-double correction(double beta, double t) { return beta == 0 ? 1 : -std::expm1(t * std::log(beta)); }
-
-// One step of a parameter group, in place, given each tensor's t (after this step) and s_hat (one for all, or each).
-void step(TensorList params, TensorList grads, TensorList exp_avgs, TensorList exp_avg_sqs, TensorList steps,
-          at::ArrayRef<double> s_hats, double lr, double beta1, double beta2, double eps, double weight_decay,
-          double adaptivity, double unscale) {
+// The update of lists of tensors, in place; step sizes, the scales of d and eps are one for all, or one for each.
+void step(TensorList params, TensorList grads, TensorList exp_avgs, TensorList exp_avg_sqs,
+          at::ArrayRef<double> step_sizes, at::ArrayRef<double> denom_scales, at::ArrayRef<double> eps, double beta1,
+          double beta2, double decay_factor, double adaptivity, double inv_scale) {
   std::vector<Work> works;
   std::vector<int64_t> sizes;
   std::vector<Tensor> copies, originals;  // of what lies in memory otherwise than its parameter, or with gaps
@@ -190,23 +197,19 @@ void step(TensorList params, TensorList grads, TensorList exp_avgs, TensorList e
     return y.data_ptr();
   };
   const double h = adaptivity / 2, coarse = std::round(h * 0x1p17) * 0x1p-17;
-  Scalars<double> scalars{unscale, beta1, 1 - beta1, beta2, 1 - beta2,
-                          coarse, h - coarse, 0, eps, 1 - lr * weight_decay, 0};
-  const Root root = root_of(adaptivity);
-  double last_t = -1, last_s = 0;
+  Scalars<double> scalars{inv_scale, beta1, 1 - beta1, beta2, 1 - beta2, coarse, h - coarse, 1, 0, decay_factor, 0};
+  const PowerKind kind = power_kind(adaptivity);
+  const auto of = [](at::ArrayRef<double> numbers, size_t i) { return numbers[numbers.size() == 1 ? 0 : i]; };
   for (size_t i = 0; i < params.size(); ++i) {
     const Tensor &p = params[i], &g = grads[i];
-    const double t = count(steps[i]), s_hat = s_hats[s_hats.size() == 1 ? 0 : i];
-    if (t != last_t || s_hat != last_s) {
-      last_t = t, last_s = s_hat;
-      scalars.factor = (adaptivity == 1 ? 1 : std::pow(s_hat, 0.5 - h)) / std::pow(correction(beta2, t), h);
-      scalars.step_size = lr / correction(beta1, t);
-    }
+    scalars.step_size = of(step_sizes, i);
+    scalars.denom_scale = of(denom_scales, i);
+    scalars.eps = of(eps, i);
     const auto narrow = p.scalar_type(), wide = narrow == at::kDouble ? at::kDouble : at::kFloat;
     const auto of_g = g.scalar_type() == narrow ? narrow : wide;
     const Tensor like = p.is_non_overlapping_and_dense() ? p : p.contiguous();
     works.push_back({as(p, like, narrow, true), as(g, like, of_g, false), as(exp_avgs[i], like, wide, true),
-                     as(exp_avg_sqs[i], like, wide, true), scalars, run_for(root, narrow, of_g)});
+                     as(exp_avg_sqs[i], like, wide, true), scalars, run_for(kind, narrow, of_g)});
     sizes.push_back(p.numel());
   }
   for_parts(sizes, [&](size_t i, int64_t begin, int64_t end) { works[i].run(works[i], begin, end); });
@@ -268,13 +271,15 @@ Tensor squares(TensorList tensors) {
 
 TORCH_LIBRARY(ada2ms, library) {
   library.def(
-      "step(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] exp_avgs, Tensor(c!)[] exp_avg_sqs, Tensor[] steps, "
-      "float[] s_hats, float lr, float beta1, float beta2, float eps, float weight_decay, float adaptivity, "
-      "float unscale) -> ()");
+      "step(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] exp_avgs, Tensor(c!)[] exp_avg_sqs, float[] step_sizes, "
+      "float[] denom_scales, float[] eps, float beta1, float beta2, float decay_factor, float adaptivity, "
+      "float inv_scale) -> ()");
   library.def("squares(Tensor[] tensors) -> Tensor");
+  library.def("counts(Tensor[] tensors) -> float[]");
 }
 
 TORCH_LIBRARY_IMPL(ada2ms, CPU, library) {
   library.impl("step", &step);
   library.impl("squares", &squares);
+  library.impl("counts", &counts);
 }

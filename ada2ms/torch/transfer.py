@@ -18,13 +18,13 @@ from ada2ms.core.state import (
     State,
     StateError,
     Target,
-    inward,
-    outward,
+    from_portable,
     plain_hyperparameters,
+    to_portable,
 )
 from ada2ms.torch import shared
+from ada2ms.torch.numbers import compute_dtype
 from ada2ms.torch.optimizer import Ada2MS
-from ada2ms.torch.shared import wide
 
 Model = nn.Module | Mapping[str, Tensor]
 _SLOTS = {"step", "exp_avg", "exp_avg_sq"}  # what Ada2MS, AdamW and Adam keep of a parameter
@@ -79,7 +79,7 @@ def from_state_dict(
         StateError: listing every parameter of which it has another state, or none.
     """
     entries, groups, problems = {}, [], []
-    pairs, skipped = shared.of_state_dict(state_dict)
+    pairs, skipped = _shared_numbers(state_dict)
     for given, own, pair in zip(state_dict["param_groups"], called, pairs, strict=True):
         for name, index in zip(own, given["params"], strict=True):
             state = state_dict["state"].get(index, {})
@@ -104,16 +104,16 @@ def from_state_dict(
             del hyper["weight_decay"]  # Adam's, which is a part of the gradient, has no place in the rule
         if isinstance(hyper.get("adaptivity"), dict):
             hyper["adaptivity"] = from_dict(hyper["adaptivity"])
-        s, k = pair or (None, 0)
-        groups.append(Group(list(own), plain_hyperparameters(hyper), s, k))
+        groups.append(Group(list(own), plain_hyperparameters(hyper), *pair))
     if problems:
         raise StateError("The state cannot be exported", problems)
-    entries, renamed = outward(entries, names, axes, params)
+    entries, renamed = to_portable(entries, names, axes, params)
     for group in groups:
         group.params = [renamed[name] for name in group.params]
     first = state_dict["param_groups"][0] if state_dict["param_groups"] else {}
     choices = {name: first[name] for name in ("scope", "nonfinite") if name in first}
-    return State(entries, groups, **choices, skipped=skipped)
+    exported = State(entries, groups, **choices, skipped=skipped)
+    return exported.with_global(exported.scope) if "scope" in first else exported  # for groups that have not started
 
 
 def import_state(
@@ -153,7 +153,7 @@ def import_state(
         for i, group in enumerate(optimizer.param_groups)
         for p in group["params"]
     }
-    fitted = inward(
+    fitted = from_portable(
         state,
         targets,
         names=names,
@@ -169,7 +169,7 @@ def import_state(
     state_dict["state"] = to_state([fitted.entries[called[p]] for p in params], own_s=ours)
     for given, pair in zip(state_dict["param_groups"], fitted.groups, strict=True):
         if ours:
-            shared.into_state_dict(given, state_dict["state"], pair, fitted.skipped)
+            set_shared_numbers(given, state_dict["state"], pair, fitted.skipped)
     optimizer.load_state_dict(state_dict)
     with torch.no_grad():
         for p, name in called.items():
@@ -229,15 +229,52 @@ def _names(named: Mapping[str, Tensor], optimizer: torch.optim.Optimizer) -> dic
 
 
 def _dtypes(p: Tensor, ours: bool) -> dict[str, str]:
-    moments = wide(p.dtype) if ours else p.dtype
+    moments = compute_dtype(p.dtype) if ours else p.dtype
     names = {"param": p.dtype, "exp_avg": moments, "exp_avg_sq": moments}
     return {slot: str(dtype).removeprefix("torch.") for slot, dtype in names.items()}
 
 
 def _numpy(tensor: Tensor) -> Any:
-    return np.array(tensor.detach().to("cpu", wide(tensor.dtype)).numpy())
+    return np.array(tensor.detach().to("cpu", compute_dtype(tensor.dtype)).numpy())
 
 
 def tensor(array: Any) -> Tensor:
     """A tensor of its own, contiguous."""
     return torch.tensor(np.ascontiguousarray(array).reshape(array.shape))
+
+
+def _shared_numbers(state_dict: Mapping[str, Any]) -> tuple[list[tuple[float | None, int]], int]:
+    """What `(s, k)` each group of a state dict has, and the number of skipped steps; s is None where there is none.
+
+    They lie with the parameters; an earlier version had them in the groups. Of AdamW there are none.
+    """
+    found: list[tuple[float | None, int]] = []
+    skipped, steps = 0, [0]
+    for group in state_dict["param_groups"]:
+        values = next((x for i in group["params"] if shared.K in (x := state_dict["state"].get(i, {}))), group)
+        steps.append(int(values.get(shared.K, 0)))
+        skipped = max(skipped, int(values.get(shared.SKIPPED, 0)))
+        s = values.get(shared.S) if group.get("scope") == "model" else None
+        found.append((None if s is None else float(s), steps[-1]))
+    if any(group.get("scope") == "tensor" for group in state_dict["param_groups"]):  # k of groups that have not started
+        found = [(None, max(steps)) for _ in found]
+    return found, skipped
+
+
+def set_shared_numbers(
+    group: Mapping[str, Any], state: dict[Any, dict[str, Any]], pair: tuple[float | None, int], skipped: int
+) -> None:
+    """Gives the parameters of a group of a state dict the numbers that they share; at least one, if any is not 0."""
+    (s, k), numbers = pair, {}
+    for key, x, dtype in (
+        (shared.S, s, torch.float64),
+        (shared.K, k, torch.float32),
+        (shared.SKIPPED, skipped, torch.float32),
+    ):
+        if x is not None:
+            numbers[key] = torch.tensor(float(x), dtype=dtype)
+    started = [i for i in group["params"] if i in state]
+    if not started and (k or skipped):
+        started = group["params"][:1]  # which gets the rest when it is loaded
+    for i in started:
+        state[i] = {**state.get(i, {}), **numbers}

@@ -37,7 +37,7 @@ def writable(tensor: Tensor) -> Tensor:
     return tensor.view(1) if tensor.ndim == 0 and torch.compiler.is_compiling() else tensor
 
 
-def entries(tensor: Tensor) -> int:
+def numel(tensor: Tensor) -> int:
     """The number of real entries of the whole tensor, wherever its parts are."""
     return tensor.numel() * (2 if tensor.is_complex() else 1)
 
@@ -50,29 +50,31 @@ def squares(parts: list[Tensor], dtype: torch.dtype) -> Tensor:
     if not (torch.compiler.is_compiling() or torch.is_grad_enabled()):
         many = [i for i, part in enumerate(parts) if part.is_cuda or (part.is_cpu and part.numel() <= _ROWS * _ROW)]
         if many:
-            wide = torch.float64 if any(parts[i].dtype == torch.float64 for i in many) else torch.float32
-            norms = dict(zip(many, torch._foreach_norm([parts[i] for i in many], 2, dtype=wide), strict=True))
-    found = [norms[i] if i in norms else _norm(part) for i, part in enumerate(parts)]
-    place, dtype_of_norms = found[0].device, found[0].dtype
-    if any(x.device != place or x.dtype != dtype_of_norms for x in found):
-        found = [x.to(place, dtype) for x in found]
-    return torch.stack(found).to(dtype).square()  # one conversion, not one for each
+            double = any(parts[i].dtype == torch.float64 for i in many)
+            compute_dtype = torch.float64 if double else torch.float32
+            found = torch._foreach_norm([parts[i] for i in many], 2, dtype=compute_dtype)
+            norms = dict(zip(many, found, strict=True))
+    each = [norms[i] if i in norms else _norm(part) for i, part in enumerate(parts)]
+    place, widest = each[0].device, torch.float64 if any(x.dtype == torch.float64 for x in each) else torch.float32
+    if any(x.device != place or x.dtype != widest for x in each):
+        each = [x.to(place, widest) for x in each]
+    return torch.stack(each).to(dtype).square()  # one conversion, not one for each
 
 
 def _norm(part: Tensor) -> Tensor:
-    wide = torch.promote_types(part.dtype, torch.float32)
+    compute_dtype = torch.promote_types(part.dtype, torch.float32)
     norm: Tensor
     if part.is_cpu and part.numel() > _ROWS * _ROW and not torch.compiler.is_compiling():
         # One running sum loses 7e-4 of the sum of ten million entries; a sum for each row does not, at that speed.
         flat = part.reshape(-1)
         end = flat.numel() // _ROW * _ROW
-        norm = torch.linalg.vector_norm(flat[:end].view(-1, _ROW), dim=1, dtype=wide)
-        part = torch.cat([norm, flat[end:].to(wide)])
-    norm = torch.linalg.vector_norm(part, dtype=wide)
+        norm = torch.linalg.vector_norm(flat[:end].view(-1, _ROW), dim=1, dtype=compute_dtype)
+        part = torch.cat([norm, flat[end:].to(compute_dtype)])
+    norm = torch.linalg.vector_norm(part, dtype=compute_dtype)
     return norm
 
 
-def whole(values: Tensor, tensors: Sequence[Any], *, each: bool) -> Tensor:
+def all_reduced_sum(values: Tensor, tensors: Sequence[Any], *, each: bool) -> Tensor:
     """The sum over the whole of all tensors, or of `each`, given the sum over this process' part of each.
 
     One all-reduce, of as many numbers, per device mesh and per dimension of it along which something is divided.
@@ -115,9 +117,16 @@ def _some(values: Tensor, divisors: dict[int, int]) -> Tensor:
     return torch.stack(torch._foreach_div([parts[i] for i in divisors], [float(n) for n in divisors.values()]))
 
 
-def among(group: Any, values: Tensor, tensors: Sequence[Any], like: Tensor) -> tuple[Tensor, Tensor]:
+def all_reduced_sum_over(group: Any, values: Tensor, tensors: Sequence[Any], like: Tensor) -> tuple[Tensor, Tensor]:
     """The sum over the tensors of every member of a process group, and the number of their entries."""
-    total = whole(values, tensors, each=False) if len(values) else torch.zeros_like(like)
-    pair = torch.stack([total, torch.full_like(total, sum(map(entries, tensors)), dtype=like.dtype)])
+    total = all_reduced_sum(values, tensors, each=False) if len(values) else torch.zeros_like(like)
+    pair = torch.stack([total, torch.full_like(total, sum(map(numel, tensors)), dtype=like.dtype)])
     torch.distributed.all_reduce(pair, group=group)
     return pair[0], pair[1]
+
+
+def mean(tensors: Sequence[Tensor]) -> Tensor:
+    """The mean over the entries of all of these, wherever their parts are, in at least float32."""
+    dtype = max((torch.promote_types(local(x).dtype, torch.float32) for x in tensors), key=lambda dtype: dtype.itemsize)
+    sums = torch.stack([local(x).sum(dtype=dtype).to(tensors[0].device) for x in tensors])
+    return all_reduced_sum(sums, tensors, each=False) / max(sum(map(numel, tensors)), 1)

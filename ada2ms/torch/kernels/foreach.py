@@ -1,0 +1,113 @@
+"""The update of many tensors together, by torch's operations over lists."""
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ada2ms.core.coefficients import Coefficients, PowerKind, denom_can_be_zero, power_kind
+from ada2ms.torch.kernels import Options, Scalar, at, group_indices, of_each, smallest_normal
+
+
+def update(
+    params: Sequence[Tensor],
+    grads: Sequence[Tensor],
+    exp_avgs: Sequence[Tensor],
+    exp_avg_sqs: Sequence[Tensor],
+    coefficients: Coefficients,
+    options: Options,
+) -> None:
+    """See `ada2ms.torch.kernels`."""
+    if options.differentiable:
+        raise AssertionError("_foreach ops don't support autograd")
+    together = group_indices([p.dtype for p in params])
+    for indices in together:
+        if len(together) == 1:
+            _update(list(params), list(grads), list(exp_avgs), list(exp_avg_sqs), coefficients, options)
+        else:
+            p, g, m, v = ([x[i] for i in indices] for x in (params, grads, exp_avgs, exp_avg_sqs))
+            _update(p, g, m, v, Coefficients(*(at(x, indices) for x in coefficients)), options)
+
+
+def _update(
+    p: list[Tensor], g: list[Tensor], m: list[Tensor], v: list[Tensor], coefficients: Coefficients, options: Options
+) -> None:
+    """The update of parameters of one dtype."""
+    dtype = m[0].dtype
+    theta = p if p[0].dtype == dtype else [x.to(dtype) for x in p]
+    g = [x if x.dtype == dtype else x.to(dtype) for x in g]
+    _update_moments(list(torch._foreach_neg(g)) if options.maximize else g, m, v, options)
+    del g
+    d = None if coefficients.denom_scale is None else _denominators(v, coefficients, options.adaptivity)
+    if options.decay_factor is not None:
+        torch._foreach_mul_(theta, options.decay_factor)
+    _subtract(theta, m, d, coefficients.step_size)
+    if theta is not p:
+        torch._foreach_copy_(p, theta)
+
+
+def _update_moments(g: list[Tensor], m: list[Tensor], v: list[Tensor], options: Options) -> None:
+    # m <- b1*m + (1-b1)*g,   v <- b2*v + (1-b2)*g*g
+    if isinstance(options.weight1, Tensor):
+        _average(m, g, options.weight1)
+    else:
+        torch._foreach_lerp_(m, g, options.weight1)
+    if isinstance(options.weight2, Tensor):
+        _average(v, list(torch._foreach_mul(g, g)), options.weight2)
+    else:
+        torch._foreach_mul_(v, options.beta2)
+        torch._foreach_addcmul_(v, g, g, options.weight2)
+
+
+def _average(averages: list[Tensor], values: list[Tensor], weight: Tensor) -> None:
+    """Each average <- (1-weight)*average + weight*value, with a weight that the host does not know."""
+    weight = weight.to(averages[0].device)
+    torch._foreach_mul_(averages, (1 - weight).to(averages[0].dtype))
+    torch._foreach_add_(averages, torch._foreach_mul(values, weight.to(averages[0].dtype)))
+
+
+def _denominators(v: list[Tensor], coefficients: Coefficients, adaptivity: Scalar) -> list[Tensor]:
+    # d = v_hat^(a/2) * s_hat^((1-a)/2) + eps
+    d = _denom_powers(v, adaptivity)
+    if not all(isinstance(x, float) and x == 1 for x in set(of_each(coefficients.denom_scale, 1))):
+        _scale(d, coefficients.denom_scale)
+    torch._foreach_add_(d, coefficients.eps)
+    smallest = smallest_normal(v[0].dtype)
+    if any(denom_can_be_zero(eps, smallest) for eps in of_each(coefficients.eps, 1)):
+        d = [torch.where(x == 0, math.inf, x) for x in d]  # where nothing has moved yet, the update is 0 / inf = 0
+    return d
+
+
+def _denom_powers(v: list[Tensor], adaptivity: Scalar) -> list[Tensor]:
+    """v**(a/2) of each, in tensors of their own."""
+    exponent = adaptivity / 2
+    kind = power_kind(exponent)
+    if kind in (PowerKind.SQRT, PowerKind.FOURTH_ROOT):
+        powers = list(torch._foreach_sqrt(v))
+        if kind is PowerKind.FOURTH_ROOT:
+            torch._foreach_sqrt_(powers)
+        return powers
+    if isinstance(exponent, Tensor):
+        return list(torch._foreach_pow(v, [exponent.to(v[0].device)] * len(v)))
+    return list(torch._foreach_pow(v, exponent))
+
+
+def _subtract(theta: list[Tensor], m: list[Tensor], d: list[Tensor] | None, step_size: Any) -> None:
+    # theta <- theta - lr*m_hat/d
+    numbers = step_size if isinstance(step_size, list) else [step_size] * len(theta)
+    if d is not None and not any(isinstance(x, Tensor) for x in numbers):
+        torch._foreach_addcdiv_(theta, m, d, [-x for x in numbers])
+        return
+    change = list(torch._foreach_div(m, d)) if d is not None else [x.clone() for x in m]
+    _scale(change, step_size)
+    torch._foreach_sub_(theta, change)
+
+
+def _scale(tensors: list[Tensor], factors: Any) -> None:
+    """Multiplies each by its factor; by one operation if they share it, as they do when every gradient is there."""
+    if isinstance(factors, list) or (isinstance(factors, Tensor) and factors.ndim):
+        torch._foreach_mul_(tensors, of_each(factors, len(tensors)))
+    else:
+        torch._foreach_mul_(tensors, factors)

@@ -1,0 +1,75 @@
+"""The update of one tensor after the other."""
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from ada2ms.core.coefficients import Coefficients, PowerKind, denom_can_be_zero, power_kind
+from ada2ms.torch.kernels import Options, Scalar, like, of_each, smallest_normal
+
+
+def update(
+    params: Sequence[Tensor],
+    grads: Sequence[Tensor],
+    exp_avgs: Sequence[Tensor],
+    exp_avg_sqs: Sequence[Tensor],
+    coefficients: Coefficients,
+    options: Options,
+) -> None:
+    """See `ada2ms.torch.kernels`; the only implementation that autograd can follow."""
+    n, beta2, weight2, decay_factor = len(params), options.beta2, options.weight2, options.decay_factor
+    differentiable, exponent = options.differentiable, options.adaptivity / 2
+    kind = power_kind(exponent)
+    each = zip(*(of_each(x, n) for x in coefficients), strict=True)
+    for p, g, m, v, (step_size, denom_scale, eps) in zip(params, grads, exp_avgs, exp_avg_sqs, each, strict=True):
+        dtype = m.dtype
+        theta = p if p.dtype == dtype else p.to(dtype)
+        g = g if g.dtype == dtype else g.to(dtype)
+        if options.maximize:
+            g = -g
+
+        # m <- b1*m + (1-b1)*g,   v <- b2*v + (1-b2)*g*g
+        m.lerp_(g, like(options.weight1, m))
+        if isinstance(weight2, Tensor):
+            v.lerp_(g.square(), like(weight2, v))
+        else:
+            v.mul_(beta2).addcmul_(g, g, value=weight2)
+
+        d = None
+        if denom_scale is not None:
+            # d = v_hat^(a/2) * s_hat^((1-a)/2) + eps
+            d = _denom_power(v, exponent, kind, differentiable)
+            if differentiable:
+                d = d * denom_scale
+            elif isinstance(denom_scale, Tensor) or denom_scale != 1:
+                d.mul_(denom_scale)
+            d = d.add_(eps)
+            if denom_can_be_zero(eps, smallest_normal(dtype)):
+                d = torch.where(d == 0, math.inf, d)  # where nothing has moved yet, the update is 0 / inf = 0
+
+        # theta <- theta*(1 - lr*wd) - lr*m_hat/d
+        if decay_factor is not None:
+            theta = theta.mul_(decay_factor)
+        if differentiable:
+            m = m.clone()  # autograd keeps what the quotient was given, and m changes in the next step
+        theta = _subtract(theta, m, d, step_size)
+        if p.dtype != dtype:
+            p.copy_(theta)
+
+
+def _denom_power(v: Tensor, exponent: Scalar, kind: PowerKind, differentiable: bool) -> Tensor:
+    """v**(a/2), in a tensor of its own."""
+    if kind is PowerKind.SQRT:
+        return v.sqrt()
+    if kind is PowerKind.FOURTH_ROOT:
+        return v.sqrt().sqrt() if differentiable else v.sqrt().sqrt_()
+    # autograd keeps what pow was given, and v changes in the next step
+    return (v.clone() if differentiable else v).pow(exponent)
+
+
+def _subtract(theta: Tensor, m: Tensor, d: Tensor | None, step_size: Scalar) -> Tensor:
+    if isinstance(step_size, Tensor):
+        return theta.sub_(m * step_size if d is None else m * step_size / d)
+    return theta.add_(m, alpha=-step_size) if d is None else theta.addcdiv_(m, d, value=-step_size)
