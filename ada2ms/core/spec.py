@@ -190,6 +190,3 @@ def mean(total: float, numel: int) -> float:
 def bias_correction(beta: float, count: int) -> float:
     """1 - beta**count, without the cancellation that costs 1 - beta**count its digits; 1 for beta = 0."""
     return -math.expm1(count * math.log(beta)) if beta else 1.0
-
-
-correction = bias_correction

@@ -6,9 +6,9 @@ from typing import Any, Final
 
 import torch
 
+from ada2ms.core.atomic import write_whole
 from ada2ms.core.schedules import AdaptivitySchedule
 from ada2ms.core.state import State, StateError
-from ada2ms.core.state_file import write_whole
 from ada2ms.torch.transfer import from_state_dict, set_shared_numbers, tensor, to_state
 
 _OPTIMIZER: Final = ("optimizer", "optimizer_state_dict", "optimizer_states")

@@ -19,9 +19,11 @@ from ada2ms.core.state import (
     StateError,
     Target,
     from_portable,
+    optimizer_problems,
     plain_hyperparameters,
     to_portable,
 )
+from ada2ms.core.state import arguments as portable_arguments
 from ada2ms.torch import shared
 from ada2ms.torch.numbers import compute_dtype
 from ada2ms.torch.optimizer import Ada2MS
@@ -199,10 +201,7 @@ def arguments(state: State) -> dict[str, Any]:
     Raises:
         StateError: the state has groups that differ.
     """
-    hyper = state.hyper()
-    if "b1" in hyper and "b2" in hyper:
-        hyper["betas"] = hyper.pop("b1"), hyper.pop("b2")
-    return {**hyper, "scope": state.scope, "nonfinite": state.nonfinite}
+    return portable_arguments(state, "torch")
 
 
 def _named(model: Model) -> Mapping[str, Tensor]:
@@ -219,10 +218,11 @@ def _names(named: Mapping[str, Tensor], optimizer: torch.optim.Optimizer) -> dic
         for p in params
         if p in known and hasattr(p, "device_mesh")
     ]
-    if not isinstance(optimizer, (Ada2MS, torch.optim.Adam, torch.optim.AdamW)):
-        problems.append(f"{type(optimizer).__name__} has another state (must be Ada2MS, AdamW or Adam)")
-    elif any(group.get("amsgrad") for group in optimizer.param_groups):
-        problems.append("amsgrad: its largest second moments are no part of this state")
+    problems += optimizer_problems(
+        type(optimizer).__name__,
+        known=isinstance(optimizer, (Ada2MS, torch.optim.Adam, torch.optim.AdamW)),
+        amsgrad=any(group.get("amsgrad") for group in optimizer.param_groups),
+    )
     if problems:
         raise StateError("The optimizer does not fit", problems)
     return {p: known[p] for p in params}

@@ -22,8 +22,6 @@ from ada2ms.core.state.fit import (
 from ada2ms.core.state.layers import Layer, Mappings, number_layers
 from ada2ms.core.state.model import SLOTS, Array, Entry, Group, State
 
-inward, outward = from_portable, to_portable
-
 __all__ = [
     "SLOTS",
     "Array",
@@ -40,11 +38,9 @@ __all__ = [
     "Target",
     "arguments",
     "from_portable",
-    "inward",
     "number_layers",
     "only_count",
     "optimizer_problems",
-    "outward",
     "plain_hyperparameters",
     "to_portable",
 ]
