@@ -126,7 +126,7 @@ def assert_same_state(left: State, right: State) -> None:
 @pytest.mark.parametrize(
     ("subject", "options", "situation"),
     [
-        (subject, options, situation)
+        pytest.param(subject, options, situation, marks=[pytest.mark.slow] if options and BACKEND != "torch" else [])
         for situation in SITUATIONS
         for subject in (keras.optimizers.AdamW, Ada2MS)
         for options in ({}, {"scope": "tensor"}, {"gradient_accumulation_steps": 3})
