@@ -143,6 +143,7 @@ def freeze_state(optimizer: Any) -> None:
         v.assign(np.zeros(v.shape))
 
 
+@pytest.mark.filterwarnings("ignore:ada2ms. not built:UserWarning")
 @pytest.mark.parametrize("how", ["var_list", "var_names"])
 @pytest.mark.parametrize("built", [False, True])
 def test_a_configuration_keeps_them(built: bool, how: str) -> None:

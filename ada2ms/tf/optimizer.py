@@ -1,6 +1,7 @@
 """Ada2MS as a Keras optimizer, on each of Keras' backends: arguments, state, and what is saved. See `step.py`."""
 
 import math
+import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -254,6 +255,13 @@ class Ada2MS(Reducing):
         paths = [path_of(v) for v in variables]
         if self._excluded_keys is None:
             found = self._exclusions.found(paths)
+            if doubtful := self._exclusions.in_doubt(paths):
+                warnings.warn(
+                    f"{self.name}: weight decay was to exclude {doubtful}, which in this optimizer's variables are "
+                    f"nowhere, or could be several; excluded are {[paths[i] for i in sorted(found)]}. If that is not "
+                    "what you want, call exclude_from_weight_decay again, with variables of now",
+                    stacklevel=2,
+                )
         else:
             found = {i for i, v in enumerate(variables) if self._var_key(v) in self._excluded_keys}
             found |= self._exclusions.by_name(paths)
@@ -287,7 +295,18 @@ class Ada2MS(Reducing):
             super().load_own_variables(store)
 
     def get_config(self) -> dict[str, Any]:
-        """The arguments, as plain data that `from_config` takes."""
+        """The arguments, as plain data that `from_config` takes.
+
+        Warns if paths are all that it has of `var_list` of `exclude_from_weight_decay`, since the optimizer is not
+        built, and these are paths that Keras may change when it loads a model.
+        """
+        if not self.built and self._excluded_keys and (paths := self._exclusions.numbered()):
+            warnings.warn(
+                f"{self.name}: not built, and so weight decay may not find again what var_list of "
+                f"exclude_from_weight_decay has: {paths}, by names that Keras gives anew when it loads a model. Build "
+                "the optimizer first, optimizer.build(model.trainable_variables), or use var_names",
+                stacklevel=2,
+            )
         adaptivity: Any = self.adaptivity
         if isinstance(adaptivity, schedules.AdaptivitySchedule):
             adaptivity = adaptivity.to_dict()
