@@ -128,7 +128,10 @@ def test_eager_updates_compile_once() -> None:
     try:
         assert run(ada2ms(1e-3), 1) > 5
         assert run(ada2ms(1e-3), 3) == 0
-        assert run(ada2ms(2e-3, 0.8, 0.99, 1e-7, weight_decay=0.1), 1) == 1  # of the coefficients
+        run(ada2ms(1e-3, adaptivity=0.3), 1)
+        for i in range(1, 4):
+            assert run(ada2ms(i * 1e-3, 0.8 - 0.1 * i, 0.99 - 0.1 * i, i * 1e-7, weight_decay=0.1 * i), 1) == 0
+            assert run(ada2ms(1e-3, 0.8 - 0.1 * i, adaptivity=0.3 + 0.1 * i), 1) == 0
         scheduled = ada2ms(lambda k: 0.1 / (1 + int(k)), adaptivity=lambda k: 1 / (2 + int(k)))
         run(scheduled, 1)
         assert run(scheduled, 5) == 0

@@ -100,6 +100,24 @@ def test_a_mask_is_given_the_parameters_as_they_are(decays: Any) -> None:
     assert {n for n in params if not np.array_equal(plain[n], found[n])} == {n for n in params if decays(params[n])}
 
 
+def test_a_mask_is_given_none_for_what_has_no_moments() -> None:
+    """As that of optax.adamw is: `leaf.ndim > 1` goes for all leaves of a model that is given whole."""
+    params, trained, gradients = ({"w": jnp.ones(2), "kind": kind} for kind in ("norm", None, None))
+
+    def mask(tree: Any) -> Any:
+        return {"w": tree["kind"] is None, "kind": False}
+
+    ours, theirs = (make(0.1, weight_decay=1.0, mask=mask) for make in (ada2ms, optax.adamw))
+    found, _ = ours.update(gradients, ours.init(trained), params)
+    assert_close(found, theirs.update(gradients, theirs.init(trained), params)[0], **AS_ADAMW)
+    np.testing.assert_allclose(found["w"], -0.2, rtol=1e-5)
+
+
+def test_a_key_is_no_parameter() -> None:
+    with pytest.raises(TypeError, match=r"Invalid params: \['key'\] is a PRNG key \(must be None in init\)"):
+        ada2ms().init({"w": jnp.ones(2), "key": jax.random.key(0)})
+
+
 # What update is given
 
 

@@ -37,6 +37,7 @@ def coefficients(
     power: Power = pow,
     expm1: Callable[[Any], Any] = math.expm1,
     log: Callable[[Any], Any] = math.log,
+    global_exponent: Any = None,
 ) -> Coefficients:
     """The coefficients of a tensor, or of many whose counts and `s_hat` are in arrays.
 
@@ -51,6 +52,7 @@ def coefficients(
         power: x^h for x >= 0 and h in [0, 0.5], where 0^0 = 1.
         expm1: see `bias_correction`.
         log: see `bias_correction`.
+        global_exponent: see `denom_scale`.
 
     Returns:
         Coefficients: `denom_scale` has the shape of `s_hat` if the adaptivity is the number 0, of `count` if it is the
@@ -59,7 +61,8 @@ def coefficients(
     bias_correction1 = bias_correction(beta1, count, expm1, log)
     # v_hat^0 is 1, so that at 0 there is nothing to correct.
     bias_correction2 = None if _is(0, adaptivity) else bias_correction(beta2, count, expm1, log)
-    return Coefficients(lr / bias_correction1, denom_scale(adaptivity, s_hat, bias_correction2, power), eps)
+    scale = denom_scale(adaptivity, s_hat, bias_correction2, power, global_exponent)
+    return Coefficients(lr / bias_correction1, scale, eps)
 
 
 def bias_correction(
@@ -78,17 +81,21 @@ def bias_correction(
     return -expm1(count * log(beta))
 
 
-def denom_scale(adaptivity: Any, s_hat: Any, bias_correction2: Any, power: Power = pow) -> Any:
+def denom_scale(
+    adaptivity: Any, s_hat: Any, bias_correction2: Any, power: Power = pow, global_exponent: Any = None
+) -> Any:
     """s_hat^((1-a)/2) / bias_correction2^(a/2): what all entries of a tensor have in common in d.
 
     At the numbers 0 and 1 the term that is 1 is not computed: at 0 `bias_correction2` may be anything, at 1 `s_hat`.
+    `global_exponent` is (1-a)/2, from a caller that has it in a higher precision than it has the adaptivity.
     """
     # d = denom_scale * v^(a/2) + eps
     if _is(0, adaptivity):
         return power(s_hat, 0.5)
     if _is(1, adaptivity):
         return 1 / power(bias_correction2, 0.5)
-    return power(s_hat, (1 - adaptivity) / 2) / power(bias_correction2, adaptivity / 2)
+    exponent = (1 - adaptivity) / 2 if global_exponent is None else global_exponent
+    return power(s_hat, exponent) / power(bias_correction2, adaptivity / 2)
 
 
 class PowerKind(IntEnum):

@@ -13,7 +13,7 @@ def decaying_leaves(mask: Any, params: optax.Params) -> list[bool]:
     """Whether each leaf of the parameters decays, None among them counted as leaves.
 
     Args:
-        mask: of `ada2ms`; a function is given these very parameters, with their types.
+        mask: of `ada2ms`; a function is given these very parameters, with their types, and None where they have None.
         params: None where there is nothing that could decay.
     """
     tree: Any = jax.tree.structure(params, is_leaf=lambda x: x is None)

@@ -69,7 +69,8 @@ def ada2ms(
         nu_dtype: type of the second moments, likewise. 16 bits are too few for b2 = 0.999: the average stands still.
         weight_decay: decoupled weight decay, scaled by the learning rate; at least 0; a number or a schedule.
         mask: where to decay: a tree of booleans like the parameters, a prefix of it, or a function from the one to the
-            other. By default everywhere.
+            other. By default everywhere. A function is given the parameters, with None for leaves that were None in
+            `init`; `optax.adamw` gives its own the gradients in `update`, whose types may be others.
         adaptivity: a number in [0, 1]; or a schedule, of Optax or of `ada2ms.core`.
         scope: "model": one global second moment for all leaves; "tensor": one for each leaf.
         nonfinite: "propagate", or "skip" steps whose sum of squared gradients is not finite: nothing changes then,

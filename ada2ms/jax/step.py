@@ -3,6 +3,7 @@
 The rule's equations are in `ada2ms.core.spec`, its symbols' names in the table there.
 """
 
+import math
 from typing import Any, Final, NamedTuple
 
 import jax
@@ -10,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax  # type: ignore[import-untyped]
 
-from ada2ms.core.coefficients import bias_correction, coefficients, denom_can_be_zero, power_kind
+from ada2ms.core.coefficients import PowerKind, bias_correction, coefficients, denom_can_be_zero, power_kind
 from ada2ms.core.hyperparameters import Nonfinite, Scope, as_float, value_at
 from ada2ms.jax.dtypes import as_array, cast, compute_dtype, real_dtype, update_dtype, zeros_like
 from ada2ms.jax.kernels.leaf import Numbers, leaf_index, select, update_leaf
@@ -69,6 +70,9 @@ class Options(NamedTuple):
 def init(options: Options, params: optax.Params) -> ScaleByAda2MSState:
     """Zeros, of the parameters' shapes, types and shardings; reads no values."""
     leaves = jax.tree.leaves(params)
+    for path, p in jax.tree.leaves_with_path(params):
+        if hasattr(p, "dtype") and jnp.issubdtype(p.dtype, jax.dtypes.prng_key):
+            raise TypeError(f"Invalid params: {jax.tree_util.keystr(path)} is a PRNG key (must be None in init)")
     return ScaleByAda2MSState(
         count=jnp.zeros([], jnp.int32),
         mu=jax.tree.map(lambda p: zeros_like(p, options.mu_dtype), params),
@@ -101,8 +105,14 @@ def update(
         state=[count, s, skipped, steps],
         step_is_live=step_is_live,
     )
+    a = options.adaptivity
+    known = isinstance(a, float) and power_kind(a / 2) is not PowerKind.POWER
     step_size, denom_scale = _coefficients(
-        b1=options.b1, b2=options.b2, a=options.adaptivity, count=count, s=s, steps=steps
+        logs=[_log(options.b1), _log(options.b2)],
+        a=a if known else [a, (1 - a) / 2 if isinstance(a, float) else None],
+        count=count,
+        s=s,
+        steps=steps,
     )
 
     new_updates, mu, nu = _update_leaves(options, leaves, step_size, denom_scale, step_is_live)
@@ -259,18 +269,39 @@ def _advance(
 
 @specialized
 def _coefficients(
-    *, b1: Any, b2: Any, a: Any, count: jax.Array, s: jax.Array, steps: jax.Array
+    *, logs: list[Any], a: Any, count: jax.Array, s: jax.Array, steps: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
-    """(step_size, denom_scale) of each leaf, per unit of learning rate."""
-    b1, b2, a = (cast(x, s.dtype) for x in (b1, b2, a))
+    """(step_size, denom_scale) of each leaf, per unit of learning rate.
+
+    Args:
+        logs: log(b1), log(b2).
+        a: an adaptivity for which roots take the place of powers, 0, 1/2 or 1; or [a, (1-a)/2] of any other, the second
+            being None if the host does not know it.
+        count: completed updates.
+        s: global second moment.
+        steps: completed updates of each leaf.
+    """
+    a, global_exponent = (cast(x, s.dtype) for x in a) if isinstance(a, list) else (a, None)
+    log_b1, log_b2 = (cast(x, s.dtype) for x in logs)
     # A leaf that has had no gradient yet would divide by a bias correction of 0.
     t, k = (jnp.maximum(x, 1).astype(s.dtype) for x in (steps, steps if s.ndim else count))
-    s_hat = s / bias_correction(b2, k, jnp.expm1, _log)
-    found = coefficients(1.0, b1, b2, None, a, t, s_hat, power=scale_power, expm1=jnp.expm1, log=_log)
+    functions: dict[str, Any] = {"expm1": jnp.expm1, "log": lambda log_beta: log_beta}  # taken already
+    s_hat = s / bias_correction(log_b2, k, **functions)
+    found = coefficients(
+        1.0, log_b1, log_b2, None, a, t, s_hat, power=scale_power, global_exponent=global_exponent, **functions
+    )
     return found.step_size, jnp.broadcast_to(found.denom_scale, t.shape)
 
 
-def _log(beta: jax.Array) -> jax.Array:
+def _log(beta: Any) -> Any:
+    """In double precision if the host knows beta, whose own digits float32 does not hold: it is near 1."""
+    if isinstance(beta, float):
+        return math.log(beta) if beta else -math.inf
+    return _log_of_array(beta=beta)
+
+
+@specialized
+def _log_of_array(*, beta: jax.Array) -> jax.Array:
     return jnp.log1p(beta - 1)  # the difference is exact
 
 
