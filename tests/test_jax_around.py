@@ -4,6 +4,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 import pytest
 from jax_support import EPSILON, assert_close, assert_equal, train, tree
@@ -52,9 +53,14 @@ def test_counts_that_follow_are_moved(made: str) -> None:
         gradients[2] = BROKEN
     params, state = train(optimizer, tree(0), gradients)
     exported = export_state(params, state)
-    assert exported.notes == []
+    said = (
+        ["the value of 'scalar' is not in this state: the optimizer has no moments of it"]
+        if made == "partition"
+        else []
+    )
+    assert exported.notes == said
     new, restored, report = import_state(tree(9), optimizer.init(tree(9)), exported)
-    assert report.notes == []
+    assert report.notes == said + [x.replace("is not in this state", "stays as it was here") for x in said]
     assert_close(_without_rates(restored), _without_rates(state), 4 * EPSILON)  # s goes through a Python float
     expected, found = (optimizer.update(tree(8), s, p)[0] for s, p in ((state, params), (restored, new)))
     assert_close(found, expected, 8 * EPSILON, EPSILON)
@@ -184,3 +190,30 @@ def test_what_stays_behind_is_named(made: str) -> None:
             kept = {path: x for path, x in paths if path.startswith(name.partition(" of ")[0])}
             assert kept
             assert all(x is before[path] for path, x in kept.items())
+
+
+BESIDE = {
+    "partition": lambda: optax.partition(
+        {"a": ada2ms(0.1), "b": optax.sgd(0.1)}, {"w": "a", "frozen": "b", "scale": "b"}
+    ),
+    "masked": lambda: optax.masked(ada2ms(0.1), {"w": True, "frozen": False, "scale": False}),
+    "masked adamw": lambda: optax.masked(optax.adamw(0.1), {"w": True, "frozen": False, "scale": False}),
+}
+
+
+@pytest.mark.parametrize("made", BESIDE)
+def test_values_without_moments_are_named(made: str) -> None:
+    """On both sides: a run that goes on without them is another run."""
+    params: Any = {"w": jnp.array([1.0, 2.0]), "frozen": jnp.array([9.0]), "scale": np.ones(2, np.float32)}
+    optimizer = BESIDE[made]()
+    exported = export_state(params, optimizer.init(params))
+    why = "the optimizer has no moments of it"
+    there = [f"the value of {name!r} is not in this state: {why}" for name in ("frozen", "scale")]
+    here = [f"the value of {name!r} stays as it was here: {why}" for name in ("frozen", "scale")]
+    assert exported.notes == there
+    other = jax.tree.map(jnp.zeros_like, params)
+    restored, _, report = import_state(other, optimizer.init(other), exported)
+    assert report.notes == there + here
+    assert [name for name in params if np.array_equal(restored[name], params[name])] == ["w"]
+    assert export_state(params, optimizer.init(params), values=False).notes == []
+    assert import_state(other, optimizer.init(other), exported, values=False)[2].notes == there

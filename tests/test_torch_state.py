@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch_support import shared_numbers
 
 from ada2ms import core
-from ada2ms.torch import Ada2MS
+from ada2ms.torch import Ada2MS, export_state, import_state
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float64, torch.complex64]
 
@@ -206,3 +206,18 @@ def test_a_state_dict_shares_no_count_with_the_optimizer_that_loads_it() -> None
     assert np.isclose(
         float(saved["state"][0]["global_exp_avg_sq"]), float(shared_numbers(optimizer)["global_exp_avg_sq"])
     )
+
+
+@pytest.mark.parametrize("kind", [Ada2MS, torch.optim.AdamW])
+def test_values_of_parameters_that_the_optimizer_is_not_over_are_named(kind: Any) -> None:
+    """On both sides: a run that goes on without them is another run."""
+    model, other = nn.Linear(2, 3), nn.Linear(2, 3)
+    exported = export_state(model, kind([model.weight]))
+    why = "the optimizer has no moments of it"
+    there = [f"the value of 'bias' is not in this state: {why}"]
+    assert exported.notes == there
+    report = import_state(other, kind([other.weight]), exported)
+    assert report.notes == [*there, f"the value of 'bias' stays as it was here: {why}"]
+    assert (torch.equal(other.weight, model.weight), torch.equal(other.bias, model.bias)) == (True, False)
+    assert export_state(model, kind(model.parameters())).notes == []
+    assert export_state(model, kind([model.weight]), values=False).notes == []

@@ -23,6 +23,7 @@ from ada2ms.core.state import (
     only_count,
     plain_hyperparameters,
     to_portable,
+    without_moments,
 )
 from ada2ms.core.state import arguments as portable_arguments
 from ada2ms.jax.names import by_path, flatten
@@ -52,7 +53,7 @@ def export_state(
         values: whether the parameters' values are to travel too.
 
     Returns:
-        A state with copies of everything.
+        A state with copies of everything that the optimizer has moments of. Its `notes` name what is not in it.
 
     Raises:
         StateError: listing everything that cannot be exported.
@@ -80,6 +81,7 @@ def export_state(
     group = Group(list(renamed.values()), plain_hyperparameters(options))
     source = f"jax {jax.__version__}, optax {optax.__version__}: {type(node).__name__}"
     notes = [f"Not exported: {kept}" for kept in left_behind(opt_state)]
+    notes += without_moments(_arrays_beside(leaves, mu) if values else [], imported=False)
     if s is None:
         return State(entries, [group], source=source, notes=notes)
     group.global_step = count
@@ -175,6 +177,7 @@ def import_state(
     # The transformations around ours were called in skipped steps, too.
     opt_state, kept = rewritten(opt_state, moved, lambda count: _filled(count, k + fitted.skipped))
     fitted.report.notes += [f"Not imported, and as it was in opt_state: {name}" for name in kept]
+    fitted.report.notes += without_moments(_arrays_beside(leaves, mu) if values else [], imported=True)
     return replaced(params, "param"), opt_state, fitted.report
 
 
@@ -185,6 +188,11 @@ def arguments(state: State) -> dict[str, Any]:
         StateError: the state has groups that differ.
     """
     return portable_arguments(state, "optax")
+
+
+def _arrays_beside(params: dict[str, Any], mu: dict[str, Any]) -> list[str]:
+    """Names of the arrays that the optimizer has no moments of: those of another part of `optax.partition`, say."""
+    return [path for path, leaf in params.items() if path not in mu and isinstance(leaf, (jax.Array, np.ndarray))]
 
 
 def _require_leaves(params: dict[str, Any], mu: dict[str, Any]) -> None:

@@ -24,6 +24,7 @@ from ada2ms.core.state import (
     optimizer_problems,
     plain_hyperparameters,
     to_portable,
+    without_moments,
 )
 from ada2ms.tf.optimizer import Ada2MS
 
@@ -74,6 +75,7 @@ def export_state(
     group = Group(list(renamed.values()), _hyperparameters(optimizer))
     source = f"keras {keras.__version__} on {keras.backend.backend()}: {type(optimizer).__name__}"
     notes = _left_behind(model, wrapper, optimizer)
+    notes += without_moments(_without_moments(model, optimizer) if values else [], imported=False)
     if not ours:
         return State(entries, [group], source=source, notes=notes)
     group.global_step = k
@@ -139,6 +141,7 @@ def import_state(
         if entry.param is not None:
             _assign(variable, entry.param)
     fitted.report.notes += [*_unknown(model, optimizer), *_restart(wrapper, optimizer)]
+    fitted.report.notes += without_moments(_without_moments(model, optimizer) if values else [], imported=True)
     _assign(optimizer._iterations, np.array(calls * (optimizer.gradient_accumulation_steps or 1)))
     return fitted.report
 
@@ -230,6 +233,15 @@ def _unknown(model: Model, optimizer: keras.optimizers.Optimizer) -> list[str]:
     given = model.trainable_variables if isinstance(model, keras.Model) else model
     unknown = [v.path for v in given if id(v) not in known]
     return [f"{path!r} is not among the variables that the optimizer was built with" for path in unknown]
+
+
+def _without_moments(model: Model, optimizer: keras.optimizers.Optimizer) -> list[str]:
+    """Paths of weights that are not in a state: frozen, statistics, or overwritten; but for those of `_unknown`."""
+    moments = {id(v): m for v, m in zip(optimizer._trainable_variables, optimizer._momentums, strict=True)}
+    if not isinstance(model, keras.Model):
+        return [v.path for v in model if id(v) in moments and moments[id(v)] is None]
+    trained = {id(v) for v in model.trainable_variables}
+    return [v.path for v in model.weights if moments.get(id(v)) is None and (id(v) in moments or id(v) not in trained)]
 
 
 def _left_behind(model: Model, wrapper: keras.optimizers.Optimizer, optimizer: keras.optimizers.Optimizer) -> list[str]:

@@ -22,6 +22,7 @@ from ada2ms.core.state import (
     optimizer_problems,
     plain_hyperparameters,
     to_portable,
+    without_moments,
 )
 from ada2ms.core.state import arguments as portable_arguments
 from ada2ms.torch import shared
@@ -46,7 +47,7 @@ def export_state(
         values: whether the parameters' values are to travel too.
 
     Returns:
-        A state with copies of everything.
+        A state with copies of everything that the optimizer is over. Its `notes` name parameters that it is not over.
 
     Raises:
         StateError: listing everything that cannot be exported.
@@ -55,7 +56,8 @@ def export_state(
     called = _names(named, optimizer)
     own = [[called[p] for p in group["params"]] for group in optimizer.param_groups]
     state = from_state_dict(optimizer.state_dict(), own, named, names=names, axes=axes, values=values)
-    return replace(state, source=f"torch {torch.__version__}: {type(optimizer).__name__}")
+    notes = without_moments([name for name, p in named.items() if values and p not in called], imported=False)
+    return replace(state, source=f"torch {torch.__version__}: {type(optimizer).__name__}", notes=notes)
 
 
 def from_state_dict(
@@ -177,6 +179,8 @@ def import_state(
         for p, name in called.items():
             if (value := fitted.entries[name].param) is not None:
                 p.copy_(tensor(value))
+    beside = [name for name, p in named.items() if values and p not in called]
+    fitted.report.notes += without_moments(beside, imported=True)
     return fitted.report
 
 

@@ -18,6 +18,7 @@ from ada2ms.core.state.fit import (
     optimizer_problems,
     plain_hyperparameters,
     to_portable,
+    without_moments,
 )
 from ada2ms.core.state.layers import Layer, Mappings, number_layers
 from ada2ms.core.state.model import SLOTS, Array, Entry, Group, State
@@ -43,6 +44,7 @@ __all__ = [
     "optimizer_problems",
     "plain_hyperparameters",
     "to_portable",
+    "without_moments",
 ]
 
 # What is pickled goes by its public name, wherever in this package it is defined.

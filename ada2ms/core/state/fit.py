@@ -169,6 +169,12 @@ def optimizer_problems(optimizer: str, *, known: bool, amsgrad: bool) -> list[st
     return ["amsgrad: its largest second moments are no part of this state"] if amsgrad else []
 
 
+def without_moments(paths: Iterable[str], *, imported: bool) -> list[str]:
+    """Notes of parameters whose values a hand-off leaves out, since a state holds what has moments."""
+    what = "stays as it was here" if imported else "is not in this state"
+    return [f"the value of {path!r} {what}: the optimizer has no moments of it" for path in paths]
+
+
 def only_count(entries: Iterable[Entry], optimizer: str) -> int:
     """The count of updates of an optimizer that has one for all parameters, as Adam in Keras and Optax; 0 of no entry.
 
