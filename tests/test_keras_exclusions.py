@@ -114,7 +114,11 @@ def expected(model: Any, how: str) -> list[bool]:
 @pytest.mark.parametrize(
     ("kind", "how", "wrapper"),
     [
-        *(("class", "var_list", wrapper) for wrapper in WRAPPERS),
+        *(
+            pytest.param("class", "var_list", wrapper, marks=[pytest.mark.slow] if seldom else [])
+            for wrapper in WRAPPERS
+            for seldom in [BACKEND != "torch" and wrapper != "plain"]
+        ),
         ("unbuilt", "paths", "plain"),
         # Paths do not depend on the backend, and torch is the fastest to see them all.
         *((kind, how, "plain") for kind in MODELS for how in ("var_list", "var_names", "paths") if BACKEND == "torch"),
