@@ -2,9 +2,13 @@
 
 from typing import Any
 
+import torch
+from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from ada2ms.torch import Ada2MS
+
+S, K, SKIPPED = KEYS = ("global_exp_avg_sq", "global_step", "skipped")
 
 
 def shared_numbers(optimizer: Ada2MS, group: int = 0) -> dict[str, Any]:
@@ -23,3 +27,27 @@ class Operations(TorchDispatchMode):
         if not func.is_view:
             self.found.append(func._schema.name)
         return func(*args, **(kwargs or {}))
+
+
+def parameter(n: int) -> nn.Parameter:
+    return nn.Parameter(torch.randn(n, generator=torch.Generator().manual_seed(n), dtype=torch.float64))
+
+
+def train(optimizer: Any, steps: range, params: list[Any] | None = None, scale: float = 1.0) -> None:
+    """Gradients that depend on the step and the parameter's size, for these parameters, or all."""
+    for step in steps:
+        optimizer.zero_grad()
+        for p in params or [p for group in optimizer.param_groups for p in group["params"]]:
+            generator = torch.Generator().manual_seed(100 * step + p.numel())
+            p.grad = (scale * torch.randn(p.shape, generator=generator, dtype=torch.float64)).to(p.dtype)
+        optimizer.step()
+
+
+def shared(optimizer: Ada2MS, p: Tensor) -> tuple[float, float]:
+    return float(optimizer.state[p][S]), float(optimizer.state[p][K])
+
+
+def pair(b2: float = 0.9, **options: Any) -> tuple[nn.Parameter, nn.Parameter, Ada2MS]:
+    """An optimizer of two groups of one parameter each, the second of this b2."""
+    p, q = parameter(3), parameter(50)
+    return p, q, Ada2MS([{"params": [p]}, {"params": [q], "betas": (0.9, b2)}], lr=0.1, **options)

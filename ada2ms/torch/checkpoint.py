@@ -78,10 +78,10 @@ def write(state: State, path: Path) -> None:
         groups.append(hyper)
         start += len(group.params)
     states = to_state(entries, own_s=True)
-    if state.has_global:
-        for hyper, group in zip(groups, state.groups, strict=True):
-            set_shared_numbers(hyper, states, (group.global_exp_avg_sq, group.global_step), state.skipped)
     content: dict[str, Any] = {"optimizer": {"state": states, "param_groups": groups}}
+    if state.has_global:
+        pairs = [(group.global_exp_avg_sq, group.global_step) for group in state.groups]
+        set_shared_numbers(content["optimizer"], pairs, state.skipped)
     values = {name: tensor(entry.param) for name, entry in state.parameters.items() if entry.param is not None}
     if values:
         content["model"] = values

@@ -1,6 +1,6 @@
 """What an optimizer may be made of: hyperparameters that are allowed, and tensors that are not shards unknowingly."""
 
-from collections import ChainMap
+import weakref
 from collections.abc import Sequence
 from typing import Any
 
@@ -9,39 +9,72 @@ from torch import Tensor
 
 from ada2ms.core.hyperparameters import check
 from ada2ms.torch.numbers import number
+from ada2ms.torch.reduce import numel
 
 
-def check_shards(
-    groups: Sequence[dict[str, Any]], given_groups: Sequence[dict[int, int]], shard_group: Any
-) -> int | None:
+class Given:
+    """The parameters that an optimizer was given, among which are none that were put in their place."""
+
+    def __init__(self) -> None:
+        self.sizes: list[int] = []  # entries of each group
+        self._known: dict[int, weakref.ref[Tensor]] = {}
+
+    def add(self, params: Sequence[Tensor]) -> None:
+        self.sizes.append(sum(map(numel, params)))
+        self._known.update({id(p): weakref.ref(p) for p in params})
+
+    def __contains__(self, p: Tensor) -> bool:
+        found = self._known.get(id(p))
+        return found is not None and found() is p  # ids are used again
+
+    def is_divided_in(self, params: Sequence[Tensor], world: int) -> bool:
+        """Whether these may be flat shards of the model, or of one group, padded as DeepSpeed does it."""
+        if world == 1 and len(params) == len(self._known):  # nothing was made one
+            return False
+        size = sum(map(numel, params))
+        return any(
+            whole <= n * size < whole + 2 * n * len(self.sizes) + (n - 1) * len(self._known)
+            for whole in {sum(self.sizes), *self.sizes}
+            for n in range(1, world + 1)
+        )
+
+
+def check_fsdp(params: Sequence[Tensor], shard_group: Any) -> None:
+    """Raises for shards of FullyShardedDataParallel without their process group."""
+    if shard_group is None and any(getattr(p, "_fsdp_flattened", False) for p in params):
+        raise ValueError(
+            "Invalid shard_group: None (the parameters are shards of FullyShardedDataParallel, which do not know "
+            "of each other: shard_group must be its process group; or use torch.distributed.fsdp.fully_shard)"
+        )
+
+
+def whole_size(groups: Sequence[dict[str, Any]], given: Given, shard_group: Any) -> int | None:
     """Raises where parameters are shards that do not know of each other, and nobody else does.
 
     Returns:
         The number of entries of the whole model, if the groups' tensors are flat shards of it, which may be padded.
     """
     params = [p for group in groups for p in group["params"]]
-    if shard_group is None and any(getattr(p, "_fsdp_flattened", False) for p in params):
-        raise ValueError(
-            "Invalid shard_group: None (the parameters are shards of FullyShardedDataParallel, which do not know "
-            "of each other: shard_group must be its process group; or use torch.distributed.fsdp.fully_shard)"
-        )
-    given: dict[int, int] = dict(ChainMap(*given_groups))
-    flat = params and all(type(p) is Tensor and p.ndim == 1 and id(p) not in given for p in params)
-    if not (flat and given and dist.is_available() and dist.is_initialized()):
+    check_fsdp(params, shard_group)
+    flat = params and all(type(p) is Tensor and p.ndim == 1 and p not in given for p in params)
+    if not (flat and given.sizes and dist.is_available() and dist.is_initialized()):
         return None
-    if shard_group is None and dist.get_world_size() > 1:
+    world = dist.get_world_size(shard_group)
+    if not given.is_divided_in(params, world):
+        return None
+    if shard_group is None and world > 1:
         raise ValueError(
             "Invalid shard_group: None (the parameters were replaced by flat shards, as by DeepSpeed's ZeRO, which "
             "do not know of each other: shard_group must be their process group; or use "
             "torch.distributed.fsdp.fully_shard)"
         )
-    if len(given_groups) > 1:
+    if len(given.sizes) > 1:
         raise ValueError(
-            f"Invalid params: {len(given_groups)} groups (flat shards of DeepSpeed's ZeRO are updated one group "
+            f"Invalid params: {len(given.sizes)} groups (flat shards of DeepSpeed's ZeRO are updated one group "
             "after the other, without the others' gradients: there must be one group; or use "
             "torch.distributed.fsdp.fully_shard)"
         )
-    return sum(given.values())
+    return sum(given.sizes)
 
 
 def check_group(options: dict[str, Any], optimizer: dict[str, Any]) -> None:

@@ -1,15 +1,17 @@
 """State dicts and pickles as `Ada2MS.__setstate__` takes them: of this version, of earlier ones, of AdamW."""
 
+from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor
 from torch.optim.optimizer import Optimizer, StateDict
 
-from ada2ms.core.hyperparameters import DEFAULT_NONFINITE, DEFAULT_SCOPE, DEFAULTS
+from ada2ms.core.hyperparameters import DEFAULT_NONFINITE, DEFAULT_SCOPE, DEFAULTS, check
 from ada2ms.core.schedules import from_dict
-from ada2ms.torch.numbers import compute_dtype, count, count_dtype, counts_on_device
-from ada2ms.torch.shared import SHARED, K, S
+from ada2ms.torch.numbers import compute_dtype, count, count_dtype, counts_on_device, number
+from ada2ms.torch.shared import SHARED, K, S, check_alike
 
 _LATER = {  # what a state dict of an earlier version may lack
     "maximize": False,
@@ -31,7 +33,11 @@ class Kept:
 
 
 def translate(optimizer: Optimizer, state_dict: StateDict) -> StateDict:
-    """A state dict of Ada2MS, of an earlier version of it or of AdamW, as `Ada2MS.__setstate__` takes it."""
+    """A state dict of Ada2MS, of an earlier version of it or of AdamW, as `Ada2MS.__setstate__` takes it.
+
+    Raises:
+        TypeError, ValueError: what is the optimizer's differs among groups, or an adaptivity is not allowed.
+    """
     groups = [dict(group) for group in state_dict["param_groups"]]
     if len(groups) != len(optimizer.param_groups):
         return state_dict  # torch raises
@@ -42,11 +48,31 @@ def translate(optimizer: Optimizer, state_dict: StateDict) -> StateDict:
             group["adaptivity"] = own["adaptivity"]
         elif isinstance(group["adaptivity"], dict):
             group["adaptivity"] = from_dict(group["adaptivity"])
-    state = dict(state_dict["state"])
+        check("adaptivity", number(group["adaptivity"]))
+    check_alike(groups)
+    state = without_stale(state_dict)
     for pid in (pid for group in groups for pid in group["params"]):
         if isinstance(state.get(pid), dict):
             state[pid] = {k: Kept(x) if isinstance(x, Tensor) and k != "step" else x for k, x in state[pid].items()}
     return {**state_dict, "state": state, "param_groups": groups}
+
+
+def without_stale(state_dict: Mapping[str, Any]) -> dict[Any, Any]:
+    """What a state dict has under "state"; without s and k if another optimizer, as AdamW, has gone on from them.
+
+    That one counts steps that k does not.
+    """
+    state: dict[Any, Any] = dict(state_dict["state"])
+    listed = Counter(pid for group in state_dict["param_groups"] for pid in group["params"])
+    states = {pid: state[pid] for pid in listed if isinstance(state.get(pid), dict)}
+    numbers = [(x["step"], x[K], listed[pid]) for pid, x in states.items() if {"step", K} <= x.keys()]
+    if any(isinstance(x, Tensor) and (x.is_meta or type(x) is not Tensor) for row in numbers for x in row):
+        return state  # shapes, without values
+    most = max((float(k) for _, k, _ in numbers), default=0.0)
+    if any(float(step) > most * times for step, _, times in numbers):
+        for pid, x in states.items():
+            state[pid] = {key: value for key, value in x.items() if key not in SHARED}
+    return state
 
 
 def from_group(group: dict[str, Any], state: Any) -> None:
@@ -69,6 +95,7 @@ def from_group(group: dict[str, Any], state: Any) -> None:
 
 def restore(groups: list[dict[str, Any]], state: Any) -> None:
     """Completes what was unpickled or loaded: options that came later, and tensors of the right type and device."""
+    moved: dict[Any, Tensor] = {}  # what is one tensor stays one
     for group in groups:
         for key, value in _LATER.items():
             group.setdefault(key, value)
@@ -76,8 +103,10 @@ def restore(groups: list[dict[str, Any]], state: Any) -> None:
         for p in group["params"]:
             for key, value in state.get(p, {}).items():
                 if isinstance(value, Kept):
-                    dtype = compute_dtype(p.dtype) if key in ("exp_avg", "exp_avg_sq") else value.tensor.dtype
-                    state[p][key] = value.tensor.to(p.device, dtype)
+                    x = value.tensor
+                    dtype = compute_dtype(p.dtype) if key in ("exp_avg", "exp_avg_sq") else x.dtype
+                    where = id(x), p.device, dtype
+                    state[p][key] = moved[where] = moved[where] if where in moved else x.to(p.device, dtype)
                 elif key == "step":
                     device = p.device if counts_on_device(group, p.device) else "cpu"
                     state[p][key] = count(value, count_dtype(group["fused"]), device)

@@ -45,4 +45,4 @@ def count(value: Any, dtype: torch.dtype, device: torch.device | str | None = No
         dtype = value.dtype if value.dtype in (torch.float32, torch.float64) else dtype
         own: Tensor = value.detach().to(device or value.device, dtype, copy=True)
         return own
-    return torch.tensor(float(value), dtype=dtype, device=device)
+    return torch.tensor(float(value), dtype=dtype, device=device or "cpu")

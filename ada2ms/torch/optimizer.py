@@ -16,12 +16,12 @@ from torch.optim.optimizer import (
 from ada2ms.core.hyperparameters import DEFAULT_NONFINITE, DEFAULT_SCOPE, DEFAULTS, Nonfinite, Scope
 from ada2ms.core.schedules import AdaptivitySchedule
 from ada2ms.torch import shared
-from ada2ms.torch.checks import check_group, check_shards
+from ada2ms.torch.checks import Given, check_fsdp, check_group, whole_size
 from ada2ms.torch.loading import restore, translate
 from ada2ms.torch.numbers import COMPUTE_DTYPES
-from ada2ms.torch.reduce import numel
 from ada2ms.torch.shared import SHARED, K, S, Tied
 from ada2ms.torch.step import Division, ParamLists, Scaling, step_model
+from ada2ms.torch.tying import tie
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -65,8 +65,9 @@ class Ada2MS(Optimizer):
         shard_group: the process group among whose members the model's parameters are divided, every parameter, or every
             part of one, on a single member: ZeroRedundancyOptimizer, pipeline stages, FullyShardedDataParallel (with
             `use_orig_params=True`). The mean of g*g is then over all members, by one all-reduce of two numbers a step,
-            which every member must take part in. DistributedDataParallel needs none, and neither do DTensors
-            (`fully_shard`, tensor parallelism), which know how they are divided.
+            which every member must take part in. ZeroRedundancyOptimizer, which puts keywords into its state dict, is
+            given `functools.partial(Ada2MS, shard_group=...)`. DistributedDataParallel needs none, and neither do
+            DTensors (`fully_shard`, tensor parallelism), which know how they are divided.
 
     Raises:
         TypeError, ValueError: naming the argument, its value and what is allowed.
@@ -117,7 +118,7 @@ class Ada2MS(Optimizer):
         if shard_group is not None and scope == "tensor":
             raise ValueError("Invalid shard_group: with scope 'tensor' no number is shared (shard_group must be None)")
         self._tied: Tied | None = None
-        self._given: list[dict[int, int]] = []  # for each group as given, its parameters' sizes by their id
+        self._given = Given()
         self._whole_size: int | None = None  # entries of the model, where the shards themselves do not say
         self._shard_group = shard_group  # not in defaults: it can neither be copied nor saved
         check_group(defaults, defaults)
@@ -129,15 +130,18 @@ class Ada2MS(Optimizer):
         """As in torch; the group joins the s and k of groups with the same b2, or takes the model's s_hat and k."""
         if isinstance(param_group, dict):  # the caller's own dict stays as it is
             param_group = {key: value for key, value in param_group.items() if key not in SHARED}
-            check_group({**self.defaults, **param_group}, self.defaults)
+            optimizer = self.param_groups[0] if self.param_groups else self.defaults
+            ours = {name: optimizer[name] for name in ("scope", "nonfinite")}  # which may have been loaded, or changed
+            param_group = {**ours, **param_group}
+            check_group({**self.defaults, **param_group}, ours)
         super().add_param_group(param_group)
+        params = self.param_groups[-1]["params"]
         try:
-            check_shards(self.param_groups[-1:], self._given, self._shard_group)
+            check_fsdp(params, self._shard_group)
         except ValueError:
             self.param_groups.pop()
             raise
-        self._given.append({id(p): numel(p) for p in self.param_groups[-1]["params"]})
-        self._tied = None
+        self._given.add(params)
 
     def _init_group(
         self,
@@ -159,17 +163,19 @@ class Ada2MS(Optimizer):
         """
         settled = False
         lists: tuple[list[Any], ...] = (params, grads, exp_avgs, exp_avg_sqs, steps, averages, sizes)
-        with suppress(KeyError):
-            settled = self._collect(*lists)
+        if self._tied is not None and self._tied.moved:
+            with suppress(KeyError):
+                settled = self._collect(self._tied, *lists)
         if not settled:
             for some in lists:
                 some.clear()
-            self._whole_size = check_shards(self.param_groups, self._given, self._shard_group)
+            self._whole_size = whole_size(self.param_groups, self._given, self._shard_group)
             moves = self._shard_group is not None or any(
                 p.grad is not None for group in self.param_groups for p in group["params"]
             )
-            self._tied = shared.tie(self.param_groups, self.state, self._tied, moves=moves)
-            self._collect(*lists)
+            self._tied = tie(self.param_groups, self.state, self._tied, moves=moves)
+            if not self._collect(self._tied, *lists):
+                raise ValueError("Invalid params: a parameter is in two groups (whose s must be one, and are not)")
         tied = self._tied
         assert tied is not None
         averages.extend(s for s, _ in tied.pairs if s is not None)
@@ -178,6 +184,7 @@ class Ada2MS(Optimizer):
 
     def _collect(
         self,
+        tied: Tied,
         params: list[Tensor],
         grads: list[Tensor],
         exp_avgs: list[Tensor],
@@ -187,8 +194,7 @@ class Ada2MS(Optimizer):
         sizes: list[int],
     ) -> bool:
         """Fills the lists; false, or KeyError, as soon as something is not as it was tied."""
-        tied = self._tied
-        if tied is None or len(tied.signatures) != len(self.param_groups):
+        if len(tied.signatures) != len(self.param_groups):
             return False
         model, states, strided, types = tied.scope == "model", self.state, torch.strided, COMPUTE_DTYPES
         for group, signature, pair in zip(self.param_groups, tied.signatures, tied.of_group, strict=True):
@@ -205,13 +211,16 @@ class Ada2MS(Optimizer):
                 if state[K] is not k:
                     return False
                 exp_avg: Tensor = state["exp_avg"]
-                own: Any = state[S]
-                if exp_avg.dtype is not types[p.dtype] or (own is not s and (model or not isinstance(own, Tensor))):
+                exp_avg_sq: Tensor = state["exp_avg_sq"]
+                own = state[S]
+                if not exp_avg.dtype is exp_avg_sq.dtype is types[p.dtype]:
+                    return False
+                if own is not s and (model or not isinstance(own, Tensor)):
                     return False
                 params.append(p)
                 grads.append(g)
                 exp_avgs.append(exp_avg)
-                exp_avg_sqs.append(state["exp_avg_sq"])
+                exp_avg_sqs.append(exp_avg_sq)
                 steps.append(state["step"])
                 if not model:
                     averages.append(state[S])
@@ -306,10 +315,10 @@ class Ada2MS(Optimizer):
         super().__setstate__(state)
         self.__dict__.setdefault("_shard_group", None)
         self.__dict__.setdefault("_whole_size", None)
-        self.__dict__.setdefault("_given", [])
+        self.__dict__.setdefault("_given", Given())
         restore(self.param_groups, self.state)
         for group in self.param_groups:
             if group["fused"]:
                 self._step_supports_amp_scaling = True
         self._tied = None  # what was loaded may belong to someone else, too
-        self._tied = shared.tie(self.param_groups, self.state, None, moves=False)
+        self._tied = tie(self.param_groups, self.state, None, moves=False)

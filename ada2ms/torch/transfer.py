@@ -26,11 +26,13 @@ from ada2ms.core.state import (
 )
 from ada2ms.core.state import arguments as portable_arguments
 from ada2ms.torch import shared
+from ada2ms.torch.loading import without_stale
 from ada2ms.torch.numbers import compute_dtype
 from ada2ms.torch.optimizer import Ada2MS
 
 Model = nn.Module | Mapping[str, Tensor]
 _SLOTS = {"step", "exp_avg", "exp_avg_sq"}  # what Ada2MS, AdamW and Adam keep of a parameter
+_OTHER_SLOTS = {"max_exp_avg_sq", "mu_product"}  # amsgrad's, and NAdam's
 
 
 def export_state(
@@ -83,24 +85,25 @@ def from_state_dict(
         StateError: listing every parameter of which it has another state, or none.
     """
     entries, groups, problems = {}, [], []
+    state_dict = {**state_dict, "state": without_stale(state_dict)}
     pairs, skipped = _shared_numbers(state_dict)
     for given, own, pair in zip(state_dict["param_groups"], called, pairs, strict=True):
         for name, index in zip(own, given["params"], strict=True):
             state = state_dict["state"].get(index, {})
             value = params.get(name)
-            if state and not _SLOTS <= set(state) <= {*_SLOTS, *shared.SHARED}:
+            if state and not (set(state) >= _SLOTS and _OTHER_SLOTS.isdisjoint(state)):
                 problems.append(f"{name!r} has {sorted(state)} (must be of Ada2MS, AdamW or Adam, and without amsgrad)")
                 continue
             if value is None and not state:
                 problems.append(f"nothing is known of {name!r}: it has had no update, and its value is not there")
                 continue
-            s = state.get("global_exp_avg_sq")
+            s = state.get(shared.S) if state else 0.0
             zeros = np.zeros((), np.float32) if value is None else np.zeros_like(_numpy(value))
             entries[name] = Entry(
                 exp_avg=_numpy(state["exp_avg"]) if state else zeros,
                 exp_avg_sq=_numpy(state["exp_avg_sq"]) if state else zeros.copy(),
                 step=int(state.get("step", 0)),
-                global_exp_avg_sq=(0.0 if s is None else float(s)) if given.get("scope") == "tensor" else None,
+                global_exp_avg_sq=None if s is None or given.get("scope") != "tensor" else float(s),
                 param=_numpy(value) if values and value is not None else None,
             )
         hyper = {**given, "b1": given["betas"][0], "b2": given["betas"][1]}
@@ -171,9 +174,8 @@ def import_state(
     state_dict = optimizer.state_dict()
     params = [p for group in optimizer.param_groups for p in group["params"]]
     state_dict["state"] = to_state([fitted.entries[called[p]] for p in params], own_s=ours)
-    for given, pair in zip(state_dict["param_groups"], fitted.groups, strict=True):
-        if ours:
-            set_shared_numbers(given, state_dict["state"], pair, fitted.skipped)
+    if ours:
+        set_shared_numbers(state_dict, fitted.groups, fitted.skipped)
     optimizer.load_state_dict(state_dict)
     with torch.no_grad():
         for p, name in called.items():
@@ -265,20 +267,23 @@ def _shared_numbers(state_dict: Mapping[str, Any]) -> tuple[list[tuple[float | N
     return found, skipped
 
 
-def set_shared_numbers(
-    group: Mapping[str, Any], state: dict[Any, dict[str, Any]], pair: tuple[float | None, int], skipped: int
-) -> None:
-    """Gives the parameters of a group of a state dict the numbers that they share; at least one, if any is not 0."""
-    (s, k), numbers = pair, {}
-    for key, x, dtype in (
-        (shared.S, s, torch.float64),
-        (shared.K, k, torch.float32),
-        (shared.SKIPPED, skipped, torch.float32),
-    ):
-        if x is not None:
-            numbers[key] = torch.tensor(float(x), dtype=dtype)
-    started = [i for i in group["params"] if i in state]
-    if not started and (k or skipped):
-        started = group["params"][:1]  # which gets the rest when it is loaded
-    for i in started:
-        state[i] = {**state.get(i, {}), **numbers}
+def set_shared_numbers(state_dict: Mapping[str, Any], pairs: Sequence[tuple[float | None, int]], skipped: int) -> None:
+    """Gives the parameters of a state dict the numbers that they share; of a group one at least, if any is not 0.
+
+    Args:
+        state_dict: is changed.
+        pairs: s and k of each group; s is None with scope "tensor", where groups get one tensor for k.
+        skipped: the number of skipped steps.
+    """
+    state, n = state_dict["state"], torch.tensor(float(skipped), dtype=torch.float32)
+    counts = {k: torch.tensor(float(k), dtype=torch.float32) for _, k in pairs}
+    for group, (s, k) in zip(state_dict["param_groups"], pairs, strict=True):
+        numbers = {shared.K: counts[k], shared.SKIPPED: n}
+        if s is not None:
+            numbers[shared.S] = torch.tensor(s, dtype=torch.float64)
+            numbers[shared.K] = counts[k].clone()
+        started = [i for i in group["params"] if i in state]
+        if not started and (k or skipped):
+            started = group["params"][:1]  # which gets the rest when it is loaded
+        for i in started:
+            state[i] = {**state.get(i, {}), **numbers}
