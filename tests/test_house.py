@@ -118,12 +118,9 @@ def python_files() -> list[Path]:
     return [ROOT / "dev.py", *(path for folder in folders for path in sorted((ROOT / folder).rglob("*.py")))]
 
 
-LONG = ("test_torch.py", "test_torch_distributed.py", "test_torch_generic.py")  # to be divided when they are changed
-
-
 def test_files_and_functions_are_short() -> None:
     """A file has at most 400 lines, a function 60."""
-    files = [path.name for path in python_files() if len(path.read_text().splitlines()) > 400 and path.name not in LONG]
+    files = [path.name for path in python_files() if len(path.read_text().splitlines()) > 400]
     functions = [
         f"{path.relative_to(ROOT)}: {name}" for path in python_files() for name, length in lengths(path) if length > 60
     ]

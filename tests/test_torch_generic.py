@@ -4,7 +4,7 @@ Every check runs over AdamW too: what it passes, with options that both have (al
 """
 
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from copy import deepcopy
 from typing import Any
 
@@ -13,13 +13,13 @@ import torch
 from torch import Tensor, nn
 from torch.optim import AdamW, Optimizer
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
+from torch_generic_support import adamw, inputs, linear, same
 
 from ada2ms.torch import Ada2MS
 from support import place, require_device
 
 pytestmark = pytest.mark.slow  # importing torch's test tools takes 10 s
 
-Options = dict[str, Any]
 COUNTS = ("step", "global_step", "skipped")
 OptimizerClass = type[Optimizer]
 
@@ -32,47 +32,6 @@ def device(request: pytest.FixtureRequest) -> str:
 @pytest.fixture(params=[AdamW, Ada2MS], ids=["AdamW", "Ada2MS"])
 def optimizer_class(request: pytest.FixtureRequest) -> OptimizerClass:
     return request.param
-
-
-@functools.cache
-def adamw() -> Any:
-    from torch.testing._internal.common_optimizers import optim_db
-
-    (info,) = [info for info in optim_db if info.optim_cls is AdamW]
-    return info
-
-
-def inputs(device: str, *implementations: str) -> Iterator[Options]:
-    """Keyword arguments, with every way to compute the step of those named: "foreach", "fused", "differentiable"."""
-    found = 0
-    for given in adamw().optim_inputs_func(device=device):
-        options = {key: value for key, value in given.kwargs.items() if key != "amsgrad"}
-        for implementation in (None, *implementations):
-            found += 1
-            yield {**deepcopy(options), **{name: name == implementation for name in implementations}}
-    assert found >= 5
-
-
-def linear(device: str, dtype: torch.dtype = torch.float32, contiguous: bool = True) -> tuple[list[nn.Parameter], Any]:
-    """Weight and bias, and the loss as a function of the optimizer that is to clear their gradients."""
-    torch.manual_seed(0)
-    kind: Any = {"device": device, "dtype": dtype}
-    if contiguous:
-        weight, bias = nn.Parameter(torch.randn(10, 5, **kind)), nn.Parameter(torch.randn(10, **kind))
-    else:
-        weight, bias = (
-            nn.Parameter(torch.randn(10, 5, 2, **kind)[..., 0]),
-            nn.Parameter(torch.randn(10, 2, **kind)[..., 0]),
-        )
-    x = torch.randn(5, **kind)
-
-    def loss(optimizer: Optimizer, weight: Tensor = weight, bias: Tensor = bias) -> Tensor:
-        optimizer.zero_grad()
-        value = (weight.mv(x) + bias).square().sum()
-        value.backward()
-        return value
-
-    return [weight, bias], loss
 
 
 def test_errors(optimizer_class: OptimizerClass) -> None:
@@ -272,20 +231,6 @@ def test_state_dict_is_deterministic(optimizer_class: OptimizerClass, device: st
         same(state_dict["param_groups"], unchanged["param_groups"])
         other.param_groups.extend(other.param_groups)
         same(optimizer.state_dict()["param_groups"][-1], other.state_dict()["param_groups"][-1])
-
-
-def same(left: Any, right: Any) -> None:
-    if isinstance(left, Tensor):
-        torch.testing.assert_close(left, right, rtol=0, atol=0)
-    elif isinstance(left, dict):
-        assert left.keys() == right.keys()
-        for key in left:
-            same(left[key], right[key])
-    elif isinstance(left, (list, tuple)):
-        for x, y in zip(left, right, strict=True):
-            same(x, y)
-    else:
-        assert left == right
 
 
 def test_state_dicts_from_before_an_option(optimizer_class: OptimizerClass) -> None:

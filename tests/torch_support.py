@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -9,6 +10,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from ada2ms.torch import Ada2MS
 
 S, K, SKIPPED = KEYS = ("global_exp_avg_sq", "global_step", "skipped")
+SHAPES = [(3, 4), (), (5,), (0,), (2, 1500)]
 
 
 def shared_numbers(optimizer: Ada2MS, group: int = 0) -> dict[str, Any]:
@@ -51,3 +53,26 @@ def pair(b2: float = 0.9, **options: Any) -> tuple[nn.Parameter, nn.Parameter, A
     """An optimizer of two groups of one parameter each, the second of this b2."""
     p, q = parameter(3), parameter(50)
     return p, q, Ada2MS([{"params": [p]}, {"params": [q], "betas": (0.9, b2)}], lr=0.1, **options)
+
+
+def random(shape: tuple[int, ...], seed: int, **kind: Any) -> Tensor:
+    return torch.tensor(np.random.default_rng(seed).normal(size=shape), **kind)
+
+
+def parameters(**kind: Any) -> list[nn.Parameter]:
+    return [nn.Parameter(random(shape, seed, **kind)) for seed, shape in enumerate(SHAPES)]
+
+
+def give_gradients(params: list[nn.Parameter], step: int, missing: bool = False) -> None:
+    """The same gradients for the same step and shapes; every fourth one missing, on demand."""
+    for i, p in enumerate(params):
+        p.grad = random(tuple(p.shape), 100 * step + i + 10).to(p.device, p.dtype)
+        if missing and (i + step) % 4 == 0:
+            p.grad = None
+
+
+def assert_same(left: list[nn.Parameter], right: list[nn.Parameter], bound: float) -> None:
+    """`bound` is relative to the largest entry of each tensor."""
+    for p, q in zip(left, right, strict=True):
+        if p.numel():
+            assert (p.double().cpu() - q.double().cpu()).abs().max() <= bound * q.double().abs().max().cpu()
