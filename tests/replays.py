@@ -73,6 +73,11 @@ def torch_replay(**options: Any) -> Replay:
                 for p, x in zip(params, states, strict=True)
             ]
 
+        def k(group: dict[str, Any]) -> int:
+            """With scope "tensor" it is one for all groups, and one that has no state does not hold it itself."""
+            states = [of_group(optimizer, g) for g in (group, *optimizer.param_groups)]
+            return int(next((x["global_step"] for x in states if x), 0))
+
         def snapshot() -> Snapshot:
             model = case.scope == "model"
             return Snapshot(
@@ -83,7 +88,7 @@ def torch_replay(**options: Any) -> Replay:
                 s=[float(of_group(optimizer, g).get("global_exp_avg_sq", 0)) for g in optimizer.param_groups]
                 if model
                 else [float(optimizer.state.get(p, {}).get("global_exp_avg_sq", 0)) for p in params],
-                k=[int(of_group(optimizer, g).get("global_step", 0)) for g in optimizer.param_groups],
+                k=[k(g) for g in optimizer.param_groups],
                 skipped=int(of_group(optimizer, optimizer.param_groups[0]).get("skipped", 0)),
             )
 
