@@ -71,8 +71,8 @@ def rejection(module: ModuleType, case: golden.Case) -> str | None:
 
 GUARD = "d = np.where(d == 0, np.inf, d)"
 DENOMINATOR = "d = v_hat ** (a / 2) * s_hat ** ((1 - a) / 2) + eps"
-THETA = "theta[...] = theta.astype(m.dtype) * (1 - lr * wd) - lr * m_hat / d"
-UPDATE_CALL = "update(group, [next(remaining) for _ in group.params], mean(total, numel))"
+NEW = "new = value * (1 - lr * wd) - lr * m_hat / d"
+UPDATE_CALL = "update(group, [next(remaining) for _ in group.params], c, mean(c * total * c, numel))"
 NUMEL = "numel = sum(p.size for p, x in zip(params, squares, strict=True) if x is not None)"
 S_MODEL = "s = group.global_exp_avg_sq[0] = b2 * group.global_exp_avg_sq[0] + (1 - b2) * mean_square"
 NO_GRADIENT = "if all(x is None for x in squares):\n"
@@ -135,13 +135,13 @@ mutant("no update wherever v = 0", "magnitudes/zeros-forgetful-0-model", (GUARD,
 mutant(
     "L2 in place of decoupled decay",
     "basics/decay-large-model",
-    ("g = g.astype(m.dtype)", "g = g.astype(m.dtype) + wd * theta"),
+    ("g = c * g.astype(m.dtype)", "g = c * g.astype(m.dtype) + wd * theta"),
     ("(1 - lr * wd)", "1"),
 )
 mutant(
     "decay after the update",
     "basics/decay-large-model",
-    (THETA, "theta[...] = (theta - lr * m_hat / d) * (1 - lr * wd)"),
+    (NEW, "new = (value - lr * m_hat / d) * (1 - lr * wd)"),
 )
 mutant("decay not scaled by lr", "basics/defaults-model", ("(1 - lr * wd)", "(1 - wd)"))
 for count, when in (("group.global_step", "next"), ("0", "first")):  # the count has moved on by then
@@ -209,7 +209,7 @@ mutant(
 own = (
     "own = [next(remaining) for _ in group.params]\n            "
     "counted = [(x, p.size) for (_, x), p in zip(own, group.params) if x is not None]\n            "
-    "update(group, own, mean(sum(x for x, _ in counted), sum(n for _, n in counted)))"
+    "update(group, own, c, mean(sum(x for x, _ in counted), sum(n for _, n in counted)))"
 )
 fresh = (
     "after = [v if g is None else x.hyper.b2 * v + (1 - x.hyper.b2) * g * g for (g, _), (x, v) in zip(\n"
@@ -235,14 +235,14 @@ mutant(
     "one s for groups with different b2",
     "groups/memories-model",
     (UPDATE_CALL, UPDATE_CALL.replace(", numel)", ", numel), self.groups[0].hyper.b2")),
-    ("mean_square: float)", "mean_square: float, b2_s: float)"),
+    ("mean_square: float\n", "mean_square: float, b2_s: float\n"),
     (S_MODEL, S_MODEL.replace("b2", "b2_s")),
     (k, "bias_correction(b2_s, group.global_step)"),
 )
 mutant(
     "a mean of the tensors' means",
     "shapes/mixed-model",
-    (UPDATE_CALL, UPDATE_CALL.replace("total, numel", per_tensor)),
+    (UPDATE_CALL, UPDATE_CALL.replace("c * total * c, numel", per_tensor)),
 )
 mutant(
     "a sum for the mean",
@@ -258,7 +258,7 @@ mutant(
     "s a fresh mean of v",
     "missing/alternating-model",
     ("remaining = iter", fresh),
-    (UPDATE_CALL, UPDATE_CALL.replace("mean(total, numel)", "fresh")),
+    (UPDATE_CALL, UPDATE_CALL.replace("mean(c * total * c, numel)", "fresh")),
     (S_MODEL, "s = group.global_exp_avg_sq[0] = mean_square"),
 )
 mutant(

@@ -21,6 +21,25 @@ needs_compiler = pytest.mark.skipif(
 )
 
 
+# What a backend does not have yet, by the names of its arguments here; to be empty.
+NOT_YET = {
+    ("torch", "max_norm"),
+    ("torch", "compensated"),
+    ("keras", "max_norm"),
+    ("keras", "compensated"),
+    ("keras", "groups"),
+    ("jax", "max_norm"),
+    ("jax", "compensated"),
+    ("jax", "groups"),
+}
+
+
+def skip_what_is_not_there_yet(framework: str, addition: str) -> None:
+    """Skips a test of an addition to the rule that a backend does not have yet."""
+    if (framework, addition) in NOT_YET:
+        pytest.skip(f"{framework} has no {addition} yet")
+
+
 def slow(*values: Any) -> list[Any]:
     """More values of a parameter, for `python dev.py slow`: what they cost there, they seldom find."""
     return [pytest.param(value, marks=pytest.mark.slow) for value in values]

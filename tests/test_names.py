@@ -11,7 +11,15 @@ from handoff_support import marked
 
 from ada2ms.core import DEFAULTS
 from ada2ms.core import spec as specification
-from ada2ms.core.hyperparameters import DEFAULT_NONFINITE, DEFAULT_SCOPE, NAMES, Framework
+from ada2ms.core.hyperparameters import (
+    DEFAULT_COMPENSATED,
+    DEFAULT_MAX_NORM,
+    DEFAULT_NONFINITE,
+    DEFAULT_SCOPE,
+    NAMES,
+    Framework,
+)
+from support import NOT_YET, skip_what_is_not_there_yet
 
 ROWS = (("lr",), ("b1", "b2"), ("eps",), ("weight_decay",), ("adaptivity",), ("scope",), ("nonfinite",))
 FRAMEWORKS: tuple[Framework, ...] = ("torch", "keras", "optax")
@@ -36,7 +44,7 @@ def test_the_readme_has_the_names_and_defaults() -> None:
 def test_the_specification_has_the_names() -> None:
     text = specification.__doc__ or ""
     rows = {tuple(re.split(r"\s{2,}", line.strip())[-3:]) for line in text.splitlines()}
-    for names in (*ROWS[:5], ("scope", "nonfinite")):
+    for names in (*ROWS[:5], ("scope", "nonfinite"), ("max_norm",), ("compensated",)):
         torch = ", ".join(names) + " (torch: betas)" * ("b1" in names)
         assert (torch, arguments(names, "keras"), arguments(names, "optax")) in rows
 
@@ -58,6 +66,9 @@ def test_a_backends_arguments_and_defaults(framework: Framework) -> None:
     module = importlib.import_module({"torch": "ada2ms.torch", "keras": "ada2ms.tf", "optax": "ada2ms.jax"}[framework])
     parameters = inspect.signature(module.ada2ms if framework == "optax" else module.Ada2MS).parameters
     defaults = {**vars(DEFAULTS), "scope": DEFAULT_SCOPE, "nonfinite": DEFAULT_NONFINITE}
+    backend = "jax" if framework == "optax" else framework
+    added = {"max_norm": DEFAULT_MAX_NORM, "compensated": DEFAULT_COMPENSATED}
+    defaults |= {name: default for name, default in added.items() if (backend, name) not in NOT_YET}
     for name, default in defaults.items():
         argument, indexed, index = NAMES[name][framework].partition("[")
         found = parameters[argument].default
@@ -67,8 +78,9 @@ def test_a_backends_arguments_and_defaults(framework: Framework) -> None:
 @BACKENDS
 @pytest.mark.parametrize("name", NAMES)
 def test_an_error_names_the_backends_argument(framework: Framework, name: str) -> None:
+    skip_what_is_not_there_yet("jax" if framework == "optax" else framework, name)
     argument, indexed, index = NAMES[name][framework].partition("[")
-    value: Any = "layer" if name in ("scope", "nonfinite") else -1.0
+    value: Any = "layer" if name in ("scope", "nonfinite", "compensated") else -1.0
     if indexed:
         value = tuple(value if i == int(index[:-1]) else 0.5 for i in range(2))
     with pytest.raises(ValueError, match=re.escape(f"({NAMES[name][framework]} must be ")):

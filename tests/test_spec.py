@@ -280,11 +280,12 @@ def test_defaults() -> None:
     assert vars(DEFAULTS) == {"lr": 1e-3, "b1": 0.9, "b2": 0.999, "eps": 1e-8, "weight_decay": 1e-2, "adaptivity": 0.5}
     optimizer = Ada2MS([])
     assert (optimizer.scope, optimizer.nonfinite, optimizer.groups[0].hyper) == ("model", "propagate", DEFAULTS)
+    assert (optimizer.max_norm, optimizer.groups[0].compensated) == (None, False)
 
 
-@pytest.mark.parametrize("field", ["scope", "nonfinite"])
+@pytest.mark.parametrize("field", ["scope", "nonfinite", "compensated"])
 def test_choices(field: str) -> None:
-    with pytest.raises(ValueError, match=rf"Invalid {field}: 'layer' \({field} must be one of \('"):
+    with pytest.raises(ValueError, match=rf"Invalid {field}: 'layer' \({field} must be one of \(['F]"):
         Ada2MS([np.ones(2)], **{field: "layer"})
 
 

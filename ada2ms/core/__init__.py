@@ -1,5 +1,6 @@
-"""The rule, its hyperparameters, its schedules and its golden vectors; NumPy only."""
+"""The rule, its hyperparameters, groups and schedules and its golden vectors; NumPy only."""
 
+from ada2ms.core.groups import NO_DECAY, Group
 from ada2ms.core.hyperparameters import DEFAULTS, Hyperparameters
 from ada2ms.core.schedules import AdaptivitySchedule, Constant, Cosine, Exponential, Linear
 from ada2ms.core.spec import Ada2MS
@@ -7,11 +8,13 @@ from ada2ms.core.state import State, StateError
 
 __all__ = [
     "DEFAULTS",
+    "NO_DECAY",
     "Ada2MS",
     "AdaptivitySchedule",
     "Constant",
     "Cosine",
     "Exponential",
+    "Group",
     "Hyperparameters",
     "Linear",
     "State",

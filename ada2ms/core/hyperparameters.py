@@ -46,24 +46,57 @@ class Hyperparameters:
                 object.__setattr__(self, field, as_float(value))
 
 
-# field: (what the error calls it, upper limit, whether the limit itself is allowed, whether a schedule is). The lower
-# limit is 0 throughout. The words are those of torch.optim, so that code that matches on its messages keeps working.
-_LIMITS: Final[dict[str, tuple[str, float, bool, bool]]] = {
-    "lr": ("learning rate", math.inf, False, True),
-    "b1": ("beta parameter at index 0", 1.0, False, False),
-    "b2": ("beta parameter at index 1", 1.0, False, False),
-    "eps": ("epsilon value", math.inf, False, False),
-    "weight_decay": ("weight_decay value", math.inf, False, False),
-    "adaptivity": ("adaptivity", 1.0, True, True),
+@dataclass(frozen=True)
+class _Range:
+    """What is allowed for a number.
+
+    Attributes:
+        noun: what the error calls it. The words are those of torch.optim, so that code that matches on its messages
+            keeps working.
+        upper: the upper limit; the lower one is 0.
+        closed: whether the upper limit itself is allowed.
+        zero: whether 0 is.
+        schedule: whether a schedule is.
+        none: whether None is.
+    """
+
+    noun: str
+    upper: float = math.inf
+    closed: bool = False
+    zero: bool = True
+    schedule: bool = False
+    none: bool = False
+
+    def __contains__(self, number: float) -> bool:
+        return 0.0 < number < self.upper or (self.zero and number == 0.0) or (self.closed and number == self.upper)
+
+    def __str__(self) -> str:
+        return f"a number in {'[' if self.zero else '('}0, {self.upper:g}{']' if self.closed else ')'}"
+
+
+_RANGES: Final[dict[str, _Range]] = {
+    "lr": _Range("learning rate", schedule=True),
+    "b1": _Range("beta parameter at index 0", upper=1.0),
+    "b2": _Range("beta parameter at index 1", upper=1.0),
+    "eps": _Range("epsilon value"),
+    "weight_decay": _Range("weight_decay value"),
+    "adaptivity": _Range("adaptivity", upper=1.0, closed=True, schedule=True),
+    "max_norm": _Range("max_norm", closed=True, zero=False, none=True),
+    "lr_scale": _Range("lr_scale"),
 }
-_CHOICES: Final[dict[str, tuple[str, ...]]] = {"scope": get_args(Scope), "nonfinite": get_args(Nonfinite)}
+_CHOICES: Final[dict[str, tuple[Any, ...]]] = {
+    "scope": get_args(Scope),
+    "nonfinite": get_args(Nonfinite),
+    "compensated": (False, True),
+}
 
 
 def check(field: str, value: Any, argument: str | None = None, *, schedule: bool | None = None) -> None:
-    """Raises unless `value` is allowed for `field`: a field of `Hyperparameters`, "scope" or "nonfinite".
+    """Raises unless `value` is allowed for `field`.
 
     Args:
-        field: the name used here, which decides what is allowed.
+        field: the name used here, which decides what is allowed: a field of `Hyperparameters`; "scope", "nonfinite",
+            "max_norm" or "compensated"; or "lr_scale", of a `Group`.
         value: a number (or anything that `float` takes: a NumPy scalar, a one-element tensor), a schedule, or a choice.
         argument: the framework's name for the argument, as the error should give it; by default `field`.
         schedule: whether a callable is allowed too; by default as in the rule (for `lr` and `adaptivity`).
@@ -77,21 +110,20 @@ def check(field: str, value: Any, argument: str | None = None, *, schedule: bool
         if value not in _CHOICES[field]:
             raise ValueError(f"Invalid {argument}: {value!r} ({argument} must be one of {_CHOICES[field]})")
         return
-    noun, upper, closed, schedule_allowed = _LIMITS[field]
-    schedule = schedule_allowed if schedule is None else schedule
-    if schedule and callable(value):
+    range_ = _RANGES[field]
+    schedule = range_.schedule if schedule is None else schedule
+    if (schedule and callable(value)) or (range_.none and value is None):
         return
     error: type[Exception] = ValueError
     try:
-        number = as_float(value)
-        if 0.0 <= number < upper or (closed and number == upper):
+        if as_float(value) in range_:
             return
     except OverflowError:  # an integer above every float
         pass
     except (TypeError, ValueError, RuntimeError):
         error = TypeError
-    allowed = f"a number in [0, {upper:g}{']' if closed else ')'}" + (" or a schedule" if schedule else "")
-    raise error(f"Invalid {noun}: {value!r} ({argument} must be {allowed})")
+    allowed = f"{range_}{' or a schedule' if schedule else ''}{' or None' if range_.none else ''}"
+    raise error(f"Invalid {range_.noun}: {value!r} ({argument} must be {allowed})")
 
 
 def as_float(value: Any) -> float:
@@ -115,6 +147,8 @@ def value_at(scheduled: Any, count: Any) -> Any:
 DEFAULTS: Final = Hyperparameters()
 DEFAULT_SCOPE: Final[Scope] = "model"
 DEFAULT_NONFINITE: Final[Nonfinite] = "propagate"
+DEFAULT_MAX_NORM: Final[float | None] = None
+DEFAULT_COMPENSATED: Final[bool] = False
 
 # The rule's name: that of the argument in each framework. "betas[0]" is the first of the tuple `betas`.
 NAMES: Final[dict[str, dict[Framework, str]]] = {
@@ -128,6 +162,8 @@ NAMES: Final[dict[str, dict[Framework, str]]] = {
         ("adaptivity", "adaptivity", "adaptivity", "adaptivity"),
         ("scope", "scope", "scope", "scope"),
         ("nonfinite", "nonfinite", "nonfinite", "nonfinite"),
+        ("max_norm", "max_norm", "global_clipnorm", "max_norm"),
+        ("compensated", "compensated", "compensated", "compensated"),
     )
 }
 
