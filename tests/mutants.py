@@ -3,90 +3,17 @@
 `python tests/mutants.py` prints, for each, every case that rejects it.
 """
 
-import inspect
-from collections.abc import Iterator
-from dataclasses import dataclass
-from types import ModuleType
-from typing import Any
-
-import numpy as np
-
-import support
-from ada2ms.core import golden, spec
-
-
-@dataclass(frozen=True)
-class Mutant:
-    name: str
-    case: str  # the golden case that must reject it
-    edits: tuple[tuple[str, str], ...]  # pieces of spec.py, each found there once, and what they become
-
-
-def mutate(*edits: tuple[str, str]) -> ModuleType:
-    """spec.py with each piece replaced; without edits, the rule itself."""
-    source = inspect.getsource(spec)
-    for old, new in edits:
-        assert source.count(old) == 1, f"spec.py has changed: this mutant needs a new edit in place of {old!r}"
-        source = source.replace(old, new)
-    module = ModuleType("mutant")
-    exec(compile(source, "mutant of spec.py", "exec"), module.__dict__)
-    return module
-
-
-def replay(module: ModuleType, case: golden.Case, dtype: str) -> Iterator[support.Snapshot]:
-    """Replays a case, with the learning rate as a schedule of completed updates.
-
-    Only parameters are the variant's own: it must be rejected by what it does to them. The state is the expected one.
-    """
-    groups: list[dict[str, Any]] = [
-        {
-            "params": [p.astype(dtype) for p in given.params],
-            "lr": lambda count, lr=given.lr: lr[min(count, len(lr) - 1)],
-            **support.hyperparameters(given),
-        }
-        for given in case.groups
-    ]
-    optimizer = module.Ada2MS(groups, scope=case.scope, nonfinite=case.nonfinite)
-    recorded = {at.step: support.expected(at) for at in case.expected}
-    for step, gradients in enumerate(case.gradients, start=1):
-        with np.errstate(all="ignore"):
-            optimizer.step([None if g is None else g.astype(dtype) for g in gradients])
-        at = recorded.get(step, support.expected(case.expected[0]))
-        at.params = [p.astype(np.float64) for group in optimizer.groups for p in group.params]
-        yield at
-
-
-def rejection(module: ModuleType, case: golden.Case) -> str | None:
-    """How the case rejects a variant that computes in float64; None if it does not.
-
-    The bounds are those for float32, about a million times wider than those for float64: a variant that they reject is
-    told from the rule in either precision, and by far more than rounding.
-    """
-    try:
-        support.check(case, replay(module, case, "float64"), "float32")
-    except AssertionError as error:
-        return str(error).partition("\n")[0]
-    return None
-
+from mutation import IN_STEP, UPDATE_CALL, mutant, show
 
 GUARD = "d = np.where(d == 0, np.inf, d)"
 DENOMINATOR = "d = v_hat ** (a / 2) * s_hat ** ((1 - a) / 2) + eps"
 NEW = "new = value * (1 - lr * wd) - lr * m_hat / d"
-UPDATE_CALL = "update(group, [next(remaining) for _ in group.params], c, mean(c * total * c, numel))"
 NUMEL = "numel = sum(p.size for p, x in zip(params, squares, strict=True) if x is not None)"
 S_MODEL = "s = group.global_exp_avg_sq[0] = b2 * group.global_exp_avg_sq[0] + (1 - b2) * mean_square"
 NO_GRADIENT = "if all(x is None for x in squares):\n"
 NO_GRADIENT_HERE = "if g is None or square is None:\n            continue"
 SKIPPED = "self.skipped += 1\n            return"
 T = "group.step[i] += 1\n        t = group.step[i]"
-IN_STEP = "        "  # the indentation of the body of Ada2MS.step
-
-
-MUTANTS: list[Mutant] = []
-
-
-def mutant(name: str, case: str, *edits: tuple[str, str]) -> None:
-    MUTANTS.append(Mutant(name, case, edits))
 
 
 # The denominator.
@@ -340,12 +267,7 @@ mutant(
 mutant("decay in skipped steps", "nonfinite/nan-model", (SKIPPED, decayed))
 
 
-def main() -> None:
-    for variant in MUTANTS:
-        module = mutate(*variant.edits)
-        rejecting = [case.id for case in golden.load() if rejection(module, case)]
-        print(f"{variant.name}: rejected by {len(rejecting)} of {len(golden.load())} cases", *rejecting, sep="\n    ")
-
-
 if __name__ == "__main__":
-    main()
+    import mutants_added  # noqa: F401
+
+    show()

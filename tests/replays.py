@@ -1,6 +1,6 @@
 """Every backend behind one face: runs golden cases, and shows what came of them."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from functools import cache
 from typing import Any
 
@@ -8,9 +8,11 @@ import numpy as np
 
 from ada2ms import core
 from ada2ms.core import golden
+from ada2ms.core.spec import BFLOAT16, rounded, widen
 from support import (
     Array,
     Snapshot,
+    can_replay,
     has_one_group,
     hyperparameters,
     of_group,
@@ -26,26 +28,46 @@ Replay = Callable[[golden.Case, str, str], Iterator[Snapshot | None]]
 
 
 def replay_numpy(case: golden.Case, dtype: str, device: str) -> Iterator[Snapshot | None]:
-    groups = [{"params": [p.astype(dtype) for p in g.params], **hyperparameters(g)} for g in case.groups]
-    optimizer = core.Ada2MS(groups, scope=case.scope, nonfinite=case.nonfinite)
+    optimizer = numpy_optimizer(core, case, dtype)
 
     def snapshot() -> Snapshot:
         return Snapshot(
             *(
-                [x.astype(np.float64) for g in optimizer.groups for x in getattr(g, n)]
+                [widen(x).astype(np.float64) for g in optimizer.groups for x in getattr(g, n)]
                 for n in ("params", "exp_avg", "exp_avg_sq")
             ),
             step=[t for g in optimizer.groups for t in g.step],
             s=[s for g in optimizer.groups for s in g.global_exp_avg_sq],
             k=[g.global_step for g in optimizer.groups],
             skipped=optimizer.skipped,
+            compensation=[None if x is None else widen(x) for g in optimizer.groups for x in g.compensation],
         )
 
     for i, gradients in enumerate(case.gradients):
         for group, given in zip(optimizer.groups, case.groups, strict=True):
             group.hyper = core.Hyperparameters(lr=given.lr[i], **hyperparameters(given))
-        optimizer.step([None if g is None else g.astype(dtype) for g in gradients])
+        with np.errstate(invalid="ignore" if any_infinite(gradients) else "raise"):
+            optimizer.step([None if g is None else g.astype(dtype) for g in gradients])
         yield snapshot() if i + 1 in recorded(case) else None
+
+
+def numpy_optimizer(module: Any, case: golden.Case, dtype: str) -> Any:
+    """The rule in NumPy for a case: of `ada2ms.core`, or of a mutant of it."""
+
+    def made(p: Array, kind: str | None) -> Array:
+        return p.astype(kind or dtype) if kind != "bfloat16" else rounded(p, BFLOAT16)
+
+    groups = [
+        {"params": [made(p, kind) for p, kind in zip(g.params, g.dtypes, strict=True)], **hyperparameters(g)}
+        for g in case.groups
+    ]
+    names = ("scope", "nonfinite", "max_norm", "compensated")
+    return module.Ada2MS(groups, **{name: getattr(case, name) for name in names})
+
+
+def any_infinite(gradients: Iterable[Array | None]) -> bool:
+    """Whether an infinity, which NumPy warns of where it becomes NaN, is among the gradients."""
+    return any(g is not None and bool(np.any(np.isinf(g))) for g in gradients)
 
 
 def torch_replay(**options: Any) -> Replay:
@@ -78,6 +100,12 @@ def torch_replay(**options: Any) -> Replay:
             states = [of_group(optimizer, g) for g in (group, *optimizer.param_groups)]
             return int(next((x["global_step"] for x in states if x), 0))
 
+        def s(group: dict[str, Any]) -> float:
+            """It is one for groups with the same b2, and one that has no state does not hold it itself."""
+            alike = [g for g in optimizer.param_groups if g["betas"][1] == group["betas"][1]]
+            states = [of_group(optimizer, g) for g in (group, *alike)]
+            return float(next((x["global_exp_avg_sq"] for x in states if x), 0))
+
         def snapshot() -> Snapshot:
             model = case.scope == "model"
             return Snapshot(
@@ -85,7 +113,7 @@ def torch_replay(**options: Any) -> Replay:
                 slot("exp_avg"),
                 slot("exp_avg_sq"),
                 step=[int(optimizer.state.get(p, {}).get("step", 0)) for p in params],
-                s=[float(of_group(optimizer, g).get("global_exp_avg_sq", 0)) for g in optimizer.param_groups]
+                s=[s(g) for g in optimizer.param_groups]
                 if model
                 else [float(optimizer.state.get(p, {}).get("global_exp_avg_sq", 0)) for p in params],
                 k=[k(g) for g in optimizer.param_groups],
@@ -191,9 +219,13 @@ def _program_of(case: golden.Case) -> tuple[str, ...]:
     def pattern(of: golden.Case) -> list[list[bool]]:
         return [[g is None for g in gradients] for gradients in of.gradients]
 
-    alike = [other.id for other in golden.load() if has_one_group(other) and pattern(other) == pattern(case)]
+    alike = [other.id for other in golden.load() if _compiled(other) and pattern(other) == pattern(case)]
     first = alike.index(case.id) // CASES_OF_A_PROGRAM * CASES_OF_A_PROGRAM
     return tuple(alike[first : first + CASES_OF_A_PROGRAM])
+
+
+def _compiled(case: golden.Case) -> bool:
+    return has_one_group(case) and can_replay("jax", case)
 
 
 @cache

@@ -9,14 +9,16 @@ from pathlib import Path
 from typing import Any
 
 import mpmath
+import mutants_added  # noqa: F401
 import numpy as np
 import pytest
+from mutation import MUTANTS, Mutant, mutate, rejection, replay
 
+import mutants  # noqa: F401  # these two fill MUTANTS
 import support
 from ada2ms.core import golden
-from golden import cases, maker, oracle
+from golden import build, maker, oracle
 from golden.__main__ import main as make
-from mutants import MUTANTS, Mutant, mutate, rejection, replay
 
 CASES = {case.id: case for case in golden.load()}
 
@@ -34,7 +36,7 @@ def test_what_is_installed_can_be_checked_without_the_oracle(
 ) -> None:
     monkeypatch.setitem(sys.modules, "mpmath", None)
     assert golden.main(["--check"]) == 0
-    assert capsys.readouterr().out == f"{len(CASES)} golden cases in 8 files, as SHA256SUMS lists them\n"
+    assert capsys.readouterr().out == f"{len(CASES)} golden cases in 10 files, as SHA256SUMS lists them\n"
     files = damaged(turn_a_digit, resum=False)
     monkeypatch.setattr(golden, "shipped", lambda: files)
     monkeypatch.setattr(golden, "load", golden.load.__wrapped__)
@@ -49,7 +51,7 @@ def test_ids_flags_and_headers() -> None:
         assert (content["schema"], content["spec"]) == (golden.SCHEMA, golden.SPEC)
         assert "50 digits" in content["generator"]
         assert set(content["notes"]) == {flag for case in content["cases"] for flag in case["flags"]}
-    assert {flag for case in CASES.values() for flag in case.flags} == set(cases.NOTES)
+    assert {flag for case in CASES.values() for flag in case.flags} == set(build.NOTES)
 
 
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES)
@@ -197,8 +199,11 @@ def test_oracle_names_the_extra_it_needs(monkeypatch: pytest.MonkeyPatch, capsys
 # What the vectors reject.
 
 
-@pytest.mark.parametrize("dtype", ["float64", "float32"])
-@pytest.mark.parametrize("case", CASES.values(), ids=CASES)
+@pytest.mark.parametrize(
+    ("case", "dtype"),
+    [(case, dtype) for case in CASES.values() for dtype in support.precisions(case)],
+    ids=lambda x: getattr(x, "id", x),
+)
 def test_the_rule_passes(case: golden.Case, dtype: str) -> None:
     """Loaded and replayed as the mutants are."""
     support.check(case, replay(mutate(), case, dtype), dtype)

@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 
 from ada2ms import core
-from ada2ms.core import NO_DECAY, Group, Hyperparameters
-from ada2ms.core.groups import assign, check_groups
+from ada2ms.core import NO_DECAY, Group, Hyperparameters, golden
+from ada2ms.core.groups import assign, check_groups, exactly
+from support import factors, hyperparameters, named_groups
 
 NAMES = ["embed.weight", "fc.weight", "fc.bias", "norm.scale", "temperature"]
 NDIMS = [2, 2, 1, 1, 0]
@@ -142,3 +143,32 @@ def test_decay_by_groups_is_decay_by_hand() -> None:
     for a, b in zip(by_name.groups, by_hand.groups, strict=True):
         np.testing.assert_array_equal(a.params[0], b.params[0])
         assert a.global_exp_avg_sq == b.global_exp_avg_sq
+
+
+def test_a_match_of_just_some_names() -> None:
+    names = ["a.b", "a+b", "axb", "a", "a.b.c", "a.b\n", ""]
+    for own in (["a.b"], ["a", "a+b"], [""], ["a.b\n", "axb"], []):
+        found = [name for name in names if Group(exactly(own)).matches(name, 2)]
+        assert found == [name for name in names if name in own]
+
+
+@pytest.mark.parametrize("case", [case for case in golden.load() if factors(case)], ids=lambda case: case.id)
+def test_the_groups_of_golden_cases_said_by_name(case: golden.Case) -> None:
+    """What the replays of frameworks without parameter groups make of them has each parameter's hyperparameters."""
+    expected = [(group.lr, hyperparameters(group)) for group in case.groups for _ in group.params]
+    names = [f"tensor-{i}" for i in range(len(expected))]
+    base, groups = named_groups(case, names)
+    found = assign(groups, names, [p.ndim for group in case.groups for p in group.params])
+    for step, rate in enumerate(case.groups[0].lr):
+        hyper = Hyperparameters(lr=rate, **base)
+        for index, (lr, own) in zip(found, expected, strict=True):
+            made = hyper if index is None else groups[index].of(hyper)
+            assert {**vars(made), "lr": 0.0} == {**own, "lr": 0.0}
+            np.testing.assert_allclose(made.lr, lr[step], rtol=1e-15)
+
+
+def test_most_golden_cases_can_be_said_by_name() -> None:
+    assert {case.id.rpartition("-")[0] for case in golden.load() if not factors(case)} == {
+        "groups/rates",
+        "missing/rates",
+    }

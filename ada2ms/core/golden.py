@@ -2,13 +2,16 @@
 
     python -m ada2ms.core.golden --check    verifies the checksums of what is installed
 
-The files, `vectors/*.json`, hold floats as C99 hexadecimal strings (`float.hex`), tensors as flat lists in C order. A
-case spells out its hyperparameters, initial parameters, the gradients of every step (null: that tensor has none), and
+The files, `vectors/*.json`, hold floats as C99 hexadecimal strings (`float.fromhex`), tensors as flat lists in C order.
+A case spells out its hyperparameters, initial parameters, the gradients of every step (null: that tensor has none), and
 parameters and state after the recorded steps; its flags point at the file's notes. `lr` is a number, or a list with
-one number per step; `adaptivity` is a number or a schedule as in `ada2ms.core.schedules`. Parameters and gradients are
-exact in float32, so that implementations in either precision start from the same numbers. Results come from
+one number per step; `adaptivity` is a number or a schedule as in `ada2ms.core.schedules`. `max_norm` is there if it is
+not None, and `compensated` if it is true; then a parameter with a `dtype`, "float16" or "bfloat16", and its
+compensation are integers of 16 bits, and its gradients are exact in that type. Parameters and gradients are exact
+in float32, so that implementations in either precision start from the same numbers. Results come from
 arithmetic of 50 digits and are the nearest doubles; `tests/golden` in the repository makes them. Compare updates,
-p_t - p_0, rather than parameters, in which a large value hides a wrong update.
+p_t - p_0, rather than parameters, in which a large value hides a wrong update; and where there is a compensation,
+p_t + compensation - p_0.
 
     >>> from ada2ms.core import golden
     >>> case = golden.load()[0]
@@ -21,6 +24,7 @@ import functools
 import hashlib
 import json
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.resources import files
 from typing import Any, Final
@@ -30,11 +34,11 @@ from numpy.typing import NDArray
 
 from ada2ms.core.hyperparameters import Nonfinite, Scope
 from ada2ms.core.schedules import AdaptivitySchedule, from_dict
-from ada2ms.core.spec import VERSION
+from ada2ms.core.spec import BFLOAT16, VERSION, widen
 
-SCHEMA: Final = 1  # of the files
+SCHEMA: Final = 2  # of the files
 SPEC: Final = VERSION
-FLOOR: Final = 120  # fewer cases than this are an error: an empty run must not pass
+FLOOR: Final = 180  # fewer cases than this are an error: an empty run must not pass
 CHECKSUMS: Final = "SHA256SUMS"  # as written and read by sha256sum
 
 Array = NDArray[np.float64]
@@ -42,9 +46,10 @@ Array = NDArray[np.float64]
 
 @dataclass(frozen=True, eq=False)
 class CaseGroup:
-    """A parameter group: initial parameters and hyperparameters."""
+    """A parameter group: initial parameters, with the type of 16 bits of each or None, and hyperparameters."""
 
     params: tuple[Array, ...]
+    dtypes: tuple[str | None, ...]
     lr: tuple[float, ...]  # one per step, also where the file gives one number for all
     b1: float
     b2: float
@@ -55,9 +60,10 @@ class CaseGroup:
 
 @dataclass(frozen=True, eq=False)
 class ExpectedGroup:
-    """A group's parameters and state, by the slot names of `ada2ms.core.spec`."""
+    """A group's parameters and state, by the slot names of `ada2ms.core.spec`; a compensation of a wide one is None."""
 
     params: tuple[Array, ...]
+    compensation: tuple[Array | None, ...]
     exp_avg: tuple[Array, ...]
     exp_avg_sq: tuple[Array, ...]
     step: tuple[int, ...]
@@ -87,6 +93,8 @@ class Case:
     flags: tuple[str, ...]
     scope: Scope
     nonfinite: Nonfinite
+    max_norm: float | None
+    compensated: bool
     groups: tuple[CaseGroup, ...]
     gradients: tuple[tuple[Array | None, ...], ...]  # per step, in the order of the parameters, group after group
     expected: tuple[Expected, ...]
@@ -137,15 +145,19 @@ def verify(contents: dict[str, bytes]) -> list[str]:
     return [f"{count} cases, fewer than {FLOOR}"] if count < FLOOR else []
 
 
-def _array(values: list[str], shape: tuple[int, ...]) -> Array:
-    array = np.array([float.fromhex(x) for x in values], np.float64).reshape(shape)
+def _array(values: list[Any], shape: tuple[int, ...], dtype: str | None = None) -> Array:
+    """An array of hexadecimal strings or, of a type of 16 bits, of integers."""
+    if dtype is None:
+        array = np.array([float.fromhex(x) for x in values], np.float64).reshape(shape)
+    else:
+        bits = np.array(values, np.uint16).reshape(shape)
+        array = np.array(widen(bits.view(BFLOAT16 if dtype == "bfloat16" else dtype)), np.float64)
     array.flags.writeable = False
     return array
 
 
 def _case(data: dict[str, Any]) -> Case:
-    shapes = [[tuple(p["shape"]) for p in group["params"]] for group in data["groups"]]
-    flat = [shape for group in shapes for shape in group]
+    flat = [tuple(p["shape"]) for group in data["groups"] for p in group["params"]]
     gradients = tuple(
         tuple(None if g is None else _array(g, shape) for g, shape in zip(row, flat, strict=True))
         for row in data["gradients"]
@@ -156,12 +168,14 @@ def _case(data: dict[str, Any]) -> Case:
         flags=tuple(data["flags"]),
         scope=data["scope"],
         nonfinite=data["nonfinite"],
+        max_norm=float.fromhex(data["max_norm"]) if "max_norm" in data else None,
+        compensated=data.get("compensated", False),
         groups=tuple(_group(group, len(gradients)) for group in data["groups"]),
         gradients=gradients,
         expected=tuple(
             Expected(
                 record["step"],
-                tuple(_expected(group, s) for group, s in zip(record["groups"], shapes, strict=True)),
+                tuple(_expected(at, group) for at, group in zip(record["groups"], data["groups"], strict=True)),
                 record["skipped"],
             )
             for record in data["expected"]
@@ -176,7 +190,8 @@ def _group(data: dict[str, Any], steps: int) -> CaseGroup:
         numbers = {name: float.fromhex(x) if isinstance(x, str) else x for name, x in a.items() if name != "schedule"}
         a = from_dict({"schedule": a["schedule"], **numbers})
     return CaseGroup(
-        params=tuple(_array(p["values"], tuple(p["shape"])) for p in data["params"]),
+        params=tuple(_array(p["values"], tuple(p["shape"]), p.get("dtype")) for p in data["params"]),
+        dtypes=tuple(p.get("dtype") for p in data["params"]),
         lr=tuple(map(float.fromhex, lr)),
         b1=float.fromhex(data["b1"]),
         b2=float.fromhex(data["b2"]),
@@ -186,14 +201,20 @@ def _group(data: dict[str, Any], steps: int) -> CaseGroup:
     )
 
 
-def _expected(data: dict[str, Any], shapes: list[tuple[int, ...]]) -> ExpectedGroup:
-    def arrays(name: str) -> tuple[Array, ...]:
-        return tuple(_array(values, shape) for values, shape in zip(data[name], shapes, strict=True))
+def _expected(data: dict[str, Any], group: dict[str, Any]) -> ExpectedGroup:
+    shapes = [tuple(p["shape"]) for p in group["params"]]
+    dtypes = [p.get("dtype") for p in group["params"]]
+    wide = [None] * len(shapes)
 
+    def arrays(name: str, types: Sequence[str | None]) -> tuple[Array, ...]:
+        return tuple(_array(*given) for given in zip(data[name], shapes, types, strict=True))
+
+    compensation = zip(data.get("compensation", wide), shapes, dtypes, strict=True)
     return ExpectedGroup(
-        params=arrays("params"),
-        exp_avg=arrays("exp_avg"),
-        exp_avg_sq=arrays("exp_avg_sq"),
+        params=arrays("params", dtypes),
+        compensation=tuple(None if given[0] is None else _array(*given) for given in compensation),
+        exp_avg=arrays("exp_avg", wide),
+        exp_avg_sq=arrays("exp_avg_sq", wide),
         step=tuple(data["step"]),
         global_exp_avg_sq=tuple(map(float.fromhex, data["global_exp_avg_sq"])),
         global_step=data["global_step"],

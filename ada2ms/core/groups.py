@@ -115,6 +115,12 @@ def _max_ndim(value: Any) -> int | None:
 NO_DECAY: Final = Group("", max_ndim=1, weight_decay=0.0)  # biases, scales of normalisations and other vectors
 
 
+def exactly(names: Iterable[str]) -> str:
+    """A `match` for parameters of just these names."""
+    alternatives = [re.escape(name) for name in names]
+    return rf"\A(?:{'|'.join(alternatives)})\Z" if alternatives else "(?!)"
+
+
 def check_groups(groups: Iterable[Group] | None) -> tuple[Group, ...]:
     """The groups as a tuple; none for None.
 

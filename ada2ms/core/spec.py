@@ -249,7 +249,7 @@ def rounded(x: Array, dtype: np.dtype[Any]) -> Array:
             return x.astype(dtype)
     bits = np.where(np.isnan(x), np.nan, x).astype(np.float32).view(np.uint32)
     # Half of the lower bits' range, less 1 if the last upper bit is even, carries into the upper bits.
-    return (bits + 0x7FFF + (bits >> 16 & 1) >> 16).astype(BFLOAT16)
+    return np.array(bits + 0x7FFF + (bits >> 16 & 1) >> 16, BFLOAT16)
 
 
 def lost(new: Array, theta: Array) -> Array:

@@ -1,112 +1,11 @@
-"""What the golden cases are: hyperparameters, initial parameters and gradients, as plain data for the oracle.
-
-Numbers are drawn by `random.Random(id).random()`, a sequence that Python guarantees, through sums and products only, so
-that every machine makes the same bytes. Initial parameters have about the size of the whole run's update, so that
-p_t - p_0 keeps its digits, and the tensors' gradients differ in size, so that it matters whose mean is taken.
-"""
+"""What the golden cases are, by theme; `build.py` says what one is made of."""
 
 import math
-import random
-from collections.abc import Callable
-from typing import Any, Final
 
-import numpy as np
+from ada2ms.core.schedules import Constant, Cosine, Exponential, Linear
 
-from ada2ms.core.schedules import AdaptivitySchedule, Constant, Cosine, Exponential, Linear
-
-Data = dict[str, Any]
-Shape = tuple[int, ...]
-Gradient = Callable[[int, int, float], float]  # step from 1, tensor from 0, the drawn value -> the gradient's entry
-
-NOTES: Final = {
-    "beta": "a decay rate of 0 (no memory, correction 1) or close to 1 (corrections that cancel in single precision)",
-    "decay": "weight decay that matters: decoupled, scaled by lr, applied to the value before the update",
-    "empty": "a tensor without entries: it has counts and an s, and takes no part in the mean",
-    "eps": "eps as large as the root it is added to: after bias correction, outside the root",
-    "eps=0": "without eps the update is 0 wherever the denominator is 0",
-    "groups": "groups with hyperparameters of their own; with scope `model` one mean feeds the s of each",
-    "huge": "gradients of 1e15: their squares are finite in single precision, products of two squares are not",
-    "long": "1000 steps",
-    "lr": "a learning rate that changes: the i-th number is for the i-th step",
-    "missing": "tensors without a gradient in some steps: they and their state stay, and leave the mean for that step",
-    "missing-all": "steps without any gradient change nothing: no count moves",
-    "nonfinite": "steps with a gradient that is not finite, which change nothing but `skipped`, in either scope",
-    "propagate": "a NaN without the guard: through s it reaches every parameter that is updated",
-    "scalar": "a tensor of rank 0",
-    "schedule": "the adaptivity is a schedule of completed updates: a(0) is for the first",
-    "sign": "gradients that change sign at every step",
-    "tiny": "gradients far below eps",
-    "zero": "gradients of 0: no NaN",
-}
-SCOPES: Final = ("model", "tensor")
-MATRIX: Final[tuple[Shape, ...]] = ((2, 2), (2,))
-HYPER: Final = {"lr": 0.01, "b1": 0.9, "b2": 0.99, "eps": 1e-8, "weight_decay": 0.5, "adaptivity": 0.5}
-
-
-def group(*shapes: Shape, **hyper: Any) -> Data:
-    """A parameter group, with `HYPER` for what is not named."""
-    return {"shapes": shapes or MATRIX, **HYPER, **hyper}
-
-
-def case(
-    name: str,
-    comment: str,
-    *groups: Data,
-    scope: str = "model",
-    nonfinite: str = "propagate",
-    flags: str = "",
-    steps: int = 10,
-    record: tuple[int, ...] = (1, 2, 3, 5, 10),
-    gradient: Gradient = lambda step, tensor, x: x,
-    missing: Callable[[int, int], bool] = lambda step, tensor: False,
-) -> Data:
-    """A case with drawn numbers; `gradient` and `missing` shape the gradients."""
-    draw = random.Random(name).random
-    groups = groups or (group(),)
-    shapes = [shape for g in groups for shape in g["shapes"]]
-    return {
-        "id": f"{name}-{scope}",
-        "comment": comment,
-        "flags": flags.split(),
-        "scope": scope,
-        "nonfinite": nonfinite,
-        "groups": [_group(g, steps, draw) for g in groups],
-        "gradients": [
-            [
-                None
-                if missing(step, tensor)
-                else [
-                    single(gradient(step, tensor, 3.0**-tensor * (0.3 + draw()) * (1.5 * draw() - 0.5)))
-                    for _ in range(math.prod(shape))
-                ]
-                for tensor, shape in enumerate(shapes)
-            ]
-            for step in range(1, steps + 1)
-        ],
-        "record": record,
-    }
-
-
-def both(name: str, comment: str, *groups: Data, **options: Any) -> list[Data]:
-    """The same case in either scope."""
-    return [case(name, comment, *groups, scope=scope, **options) for scope in SCOPES]
-
-
-def single(x: float) -> float:
-    """The nearest number that is exact in float32."""
-    return float(np.float32(x))
-
-
-def _group(data: Data, steps: int, draw: Callable[[], float]) -> Data:
-    lr, a = data["lr"], data["adaptivity"]
-    size = sum(lr) if isinstance(lr, list) else (lr or HYPER["lr"]) * steps
-    values = [[single(size * (2 * draw() - 1)) for _ in range(math.prod(shape))] for shape in data["shapes"]]
-    return {
-        "lr": [float(x) for x in lr] if isinstance(lr, list) else float(lr),
-        **{name: float(data[name]) for name in ("b1", "b2", "eps", "weight_decay")},
-        "adaptivity": a.to_dict() if isinstance(a, AdaptivitySchedule) else float(a),
-        "params": [{"shape": list(shape), "values": x} for shape, x in zip(data["shapes"], values, strict=True)],
-    }
+from . import clipping, sixteen_bits
+from .build import Data, Shape, both, case, group
 
 
 def themes() -> dict[str, tuple[str, list[Data]]]:
@@ -120,6 +19,8 @@ def themes() -> dict[str, tuple[str, list[Data]]]:
         "nonfinite": ("Gradients that are not finite.", _nonfinite()),
         "schedules": ("Schedules of the adaptivity and of the learning rate.", _schedules()),
         "long": ("A thousand steps.", _long()),
+        "clip": ("Gradients that are clipped by their norm over the model.", clipping.cases()),
+        "compensated": ("Parameters of 16 bits that keep what rounding loses.", sixteen_bits.cases()),
     }
     return {
         theme: (comment, [{**data, "id": f"{theme}/{data['id']}"} for data in cases])
@@ -232,6 +133,13 @@ def _groups() -> list[Data]:
     rates = (group((3,), lr=[0.03, 0.02, 0.01] + [0.005] * 7), group((2,), lr=[0.001 * i for i in range(1, 11)]))
     ends = (group((3,), adaptivity=0), group((2,), adaptivity=1))
     schedules = (group((2,), adaptivity=Linear(0, 1, 4)), group((2,), adaptivity=Cosine(1, 0.5, 8)))
+    warm_up = [0.001, 0.002, 0.004, 0.008, 0.016, 0.016, 0.008, 0.0, 0.004, 0.002]
+    scaled = (
+        group((2, 1), lr=warm_up, weight_decay=2),
+        group((2,), (), lr=[4 * x for x in warm_up], weight_decay=0, b1=0.5, eps=1e-3),
+        group((1, 2), lr=[x / 8 for x in warm_up], weight_decay=2, b2=0.6, adaptivity=Linear(1, 0, 6)),
+    )
+    waiting = (group((2,)), group((2,), lr=0.04, b2=0.5), group((), weight_decay=0, b2=0.5, adaptivity=1))
     return [
         *both("split", "with and without weight decay", *split, flags="groups decay"),
         *both("differing", "every hyperparameter differs", *differing, record=(1, 2, 5, 10), flags="groups schedule"),
@@ -239,6 +147,18 @@ def _groups() -> list[Data]:
         *both("rates", "learning rates change, each group its own way", *rates, flags="groups lr"),
         case("ends", "one group adaptive, the other not", *ends, flags="groups"),
         case("schedules", "each group its own schedule", *schedules, flags="groups schedule"),
+        *both(
+            "scaled", "one changing learning rate, times a factor in each group", *scaled, flags="groups lr schedule"
+        ),
+        *both(
+            "waiting",
+            "a group is missing at first, another later, and steps are skipped",
+            *waiting,
+            nonfinite="skip",
+            gradient=lambda step, tensor, x: math.nan if step == 4 and tensor == 0 else x,
+            missing=lambda step, tensor: (tensor == 1 and step <= 2) or (tensor == 2 and step in (6, 7)),
+            flags="groups missing nonfinite",
+        ),
     ]
 
 

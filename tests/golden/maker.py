@@ -6,7 +6,7 @@ from typing import Any, Final
 
 from ada2ms.core import golden
 
-from . import cases, oracle
+from . import build, cases, oracle
 
 LIMIT: Final = 1_000_000  # bytes, all files together
 # What the files say of the oracle: where it was when they were made, since to say otherwise would change each of them.
@@ -23,7 +23,7 @@ def make() -> dict[str, bytes]:
             "spec": golden.SPEC,
             "generator": GENERATOR,
             "comment": comment,
-            "notes": {flag: cases.NOTES[flag] for flag in flags},
+            "notes": {flag: build.NOTES[flag] for flag in flags},
             "cases": [
                 {**{name: value for name, value in case.items() if name != "record"}, "expected": oracle.expected(case)}
                 for case in given
@@ -58,17 +58,22 @@ def _encode(value: Any) -> Any:
         return {name: _encode(x) for name, x in value.items()}
     if isinstance(value, (list, tuple)):
         return [_encode(x) for x in value]
-    return value.hex() if isinstance(value, float) else value
+    return _hex(value) if isinstance(value, float) else value
+
+
+def _hex(x: float) -> str:
+    """`float.hex` without the zeros at the end, of which numbers that are exact in float32 have many."""
+    mantissa, p, exponent = x.hex().partition("p")
+    return f"{mantissa.rstrip('0').removesuffix('.') if '.' in mantissa else mantissa}{p}{exponent}"
 
 
 def _layout(value: Any, indent: str = "") -> str:
     """JSON, a value to a line where it fits: legible, and half the size of an indentation throughout."""
-    line = json.dumps(value)
-    if len(indent) + len(line) <= 120 or not isinstance(value, (dict, list)):
+    line = json.dumps(value, separators=(",", ": "))
+    flat = isinstance(value, list) and not any(isinstance(x, (dict, list)) for x in value)
+    if flat or len(indent) + len(line) <= 120 or not isinstance(value, (dict, list)):
         return line
     inner = indent + " "
-    if isinstance(value, list) and all(isinstance(x, str) for x in value):
-        return f"[{', '.join(map(json.dumps, value))}]"
     if isinstance(value, list):
         return "[\n" + ",\n".join(inner + _layout(x, inner) for x in value) + f"\n{indent}]"
     items = (f"{inner}{json.dumps(name)}: {_layout(x, inner)}" for name, x in value.items())

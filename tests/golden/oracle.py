@@ -2,12 +2,21 @@
 
 Written from the equations, one entry at a time, and independently of `ada2ms.core.spec`, which it judges: bias
 corrections are not powers of beta but the same moving average taken of ones, roots are exponentials of logarithms,
-decay is a part of the step, and plain lists stand for tensors. Needs mpmath (the extra `dev`).
+decay is a part of the step, and plain lists stand for tensors. Gradients are clipped one by one, before everything
+else, and numbers of 16 bits are fractions with a limited numerator. Needs mpmath (the extra `dev`).
 """
 
-from typing import Any
+import math
+import struct
+from fractions import Fraction
+from typing import Any, Final
 
 Data = dict[str, Any]
+# Of a type: significant bits, the exponent of its smallest number above 0, its largest number, its code in `struct`.
+FORMATS: Final = {
+    "float16": (11, -24, Fraction(2**16 - 2**5), "e"),
+    "bfloat16": (8, -133, Fraction(2**128 - 2**120), "f"),
+}
 
 
 class _Average:
@@ -25,8 +34,11 @@ class _Average:
 
 
 class _Tensor:
-    def __init__(self, mp: Any, values: list[float]) -> None:
+    def __init__(self, mp: Any, data: Data, compensated: bool) -> None:
+        self.dtype = data.get("dtype")
+        values = data["values"] if self.dtype is None else [_value(x, self.dtype) for x in data["values"]]
         self.theta = [mp.mpf(x) for x in values]
+        self.rest = [mp.mpf(0) for _ in values] if compensated and self.dtype else None
         self.m = [_Average(mp) for _ in values]
         self.v = [_Average(mp) for _ in values]
         self.s = _Average(mp)  # used with scope "tensor"
@@ -34,8 +46,8 @@ class _Tensor:
 
 
 class _Group:
-    def __init__(self, mp: Any, data: Data) -> None:
-        self.tensors = [_Tensor(mp, p["values"]) for p in data["params"]]
+    def __init__(self, mp: Any, data: Data, compensated: bool) -> None:
+        self.tensors = [_Tensor(mp, p, compensated) for p in data["params"]]
         self.lr, self.adaptivity = data["lr"], data["adaptivity"]
         self.b1, self.b2, self.eps, self.wd = (mp.mpf(data[name]) for name in ("b1", "b2", "eps", "weight_decay"))
         self.s = _Average(mp)  # used with scope "model"
@@ -52,7 +64,7 @@ def expected(case: Data) -> list[Data]:
         ImportError: mpmath is not installed.
     """
     mp = _mpmath()
-    groups = [_Group(mp, data) for data in case["groups"]]
+    groups = [_Group(mp, data, case.get("compensated", False)) for data in case["groups"]]
     tensors = [(group, tensor) for group in groups for tensor in group.tensors]
     skipped, records = 0, []
     with mp.workdps(50):
@@ -62,6 +74,8 @@ def expected(case: Data) -> list[Data]:
             if case["nonfinite"] == "skip" and not all(mp.isfinite(x) for x in entries):
                 skipped += 1
             elif any(g is not None for g in gradients):
+                if case.get("max_norm") is not None:
+                    gradients, entries = _clipped(mp, gradients, entries, mp.mpf(case["max_norm"]))
                 _step(mp, case["scope"], groups, list(zip(tensors, gradients, strict=True)), entries, number)
             if number in case["record"]:
                 records.append(
@@ -89,7 +103,53 @@ def _step(mp: Any, scope: str, groups: list[_Group], rows: list[Any], entries: l
             # d = v_hat^(a/2) * s_hat^((1-a)/2) + eps
             d = _power(mp, v, a[group] / 2) * _power(mp, s, (1 - a[group]) / 2) + group.eps
             change = tensor.m[i].corrected() / d if d else 0  # without eps, and where nothing has moved: no update
-            tensor.theta[i] -= lr[group] * (group.wd * tensor.theta[i] + change)
+            _move(mp, tensor, i, lr[group] * group.wd, lr[group] * change)
+
+
+def _clipped(mp: Any, gradients: list[Any], entries: list[Any], limit: Any) -> tuple[list[Any], list[Any]]:
+    """The gradients, and all their entries, as a vector that is at most as long as the limit."""
+    length = mp.sqrt(mp.fsum(x**2 for x in entries))
+    if length <= limit:  # not of a NaN
+        return gradients, entries
+    scaled = [None if g is None else [x * (limit / length) for x in g] for g in gradients]
+    return scaled, [x for g in scaled if g is not None for x in g]
+
+
+def _move(mp: Any, tensor: _Tensor, i: int, decay: Any, change: Any) -> None:
+    """Takes from an entry, with what rounding took before, its share `decay` and the change."""
+    if tensor.rest is None:
+        tensor.theta[i] -= decay * tensor.theta[i] + change
+        return
+    start = tensor.theta[i] + tensor.rest[i]
+    end = start * (1 - decay) - change  # infinity stays, also without decay
+    tensor.theta[i] = _nearest(mp, end, tensor.dtype)
+    tensor.rest[i] = _nearest(mp, end - tensor.theta[i], tensor.dtype) if mp.isfinite(tensor.theta[i]) else mp.mpf(0)
+
+
+def _nearest(mp: Any, x: Any, dtype: str | None) -> Any:
+    """The nearest number of a type of 16 bits; of two, the one whose numerator is even."""
+    if not mp.isfinite(x) or x == 0:
+        return x
+    digits, smallest, largest, _ = FORMATS[str(dtype)]
+    mantissa, exponent = x.man_exp
+    unit = Fraction(2) ** max(int(mantissa).bit_length() + int(exponent) - digits, smallest)
+    rounded = round(_fraction(x) / unit) * unit
+    if abs(rounded) > largest:
+        return mp.inf if x > 0 else -mp.inf
+    return mp.mpf(rounded.numerator) / rounded.denominator
+
+
+def _value(bits: int, dtype: str) -> float:
+    data = bits.to_bytes(2, "little")
+    value: float = struct.unpack("<e", data)[0] if dtype == "float16" else struct.unpack("<f", b"\0\0" + data)[0]
+    return value
+
+
+def _bits(x: Any, dtype: str) -> int:
+    if x != x:
+        return {"float16": 0x7E00, "bfloat16": 0x7FC0}[dtype]
+    data = struct.pack("<" + FORMATS[dtype][3], float(x))
+    return int.from_bytes(data[-2:], "little")
 
 
 def _mean_square(mp: Any, entries: list[Any]) -> Any:
@@ -120,8 +180,12 @@ def _adaptivity(mp: Any, adaptivity: float | Data, count: int) -> Any:
 
 def _record(group: _Group, scope: str) -> Data:
     averages = [group.s] if scope == "model" else [tensor.s for tensor in group.tensors]
+    rests = [tensor.rest and [_bits(x, str(tensor.dtype)) for x in tensor.rest] for tensor in group.tensors]
     return {
-        "params": [[_double(x) for x in tensor.theta] for tensor in group.tensors],
+        "params": [
+            [_bits(x, tensor.dtype) if tensor.dtype else _double(x) for x in tensor.theta] for tensor in group.tensors
+        ],
+        **({"compensation": rests} if any(rest is not None for rest in rests) else {}),
         "exp_avg": [[_double(x.value) for x in tensor.m] for tensor in group.tensors],
         "exp_avg_sq": [[_double(x.value) for x in tensor.v] for tensor in group.tensors],
         "step": [tensor.t for tensor in group.tensors],
@@ -132,11 +196,16 @@ def _record(group: _Group, scope: str) -> Data:
 
 def _double(x: Any) -> float:
     """The double nearest to x: the quotient of two integers is correctly rounded, whatever mpmath's own rounding."""
-    if x != x:  # NaN, which has no mantissa
-        return float("nan")
+    if x != x or abs(x) == math.inf:  # without a mantissa
+        return float(x)
+    exact = _fraction(x)
+    return exact.numerator / exact.denominator
+
+
+def _fraction(x: Any) -> Fraction:
     mantissa, exponent = x.man_exp
     mantissa = -abs(int(mantissa)) if x < 0 else int(mantissa)  # versions of mpmath differ in whose the sign is
-    return float(mantissa * 2**exponent) if exponent >= 0 else mantissa / 2**-exponent
+    return Fraction(mantissa) * Fraction(2) ** exponent
 
 
 def _mpmath() -> Any:
