@@ -74,6 +74,8 @@ def test_golden_on_a_gpu(backend: str, dtype: str) -> None:
             continue
         try:
             check(case, REPLAYS[backend](case, dtype, "gpu"), dtype)
+        except pytest.skip.Exception:  # a case that this framework cannot state
+            continue
         except Exception as error:  # of one case, whatever it is: the others are run too
             failures.append(f"{case.id}: {type(error).__name__}: {error}".partition("\n")[0])
     assert not failures, "\n".join(failures)
