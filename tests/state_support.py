@@ -43,6 +43,32 @@ def written() -> State:
     return State(parameters, groups, nonfinite="skip", skipped=2, source="by hand")
 
 
+FIXTURE_2 = FIXTURE.with_name("state-format-2.safetensors")
+
+
+def written_2() -> State:
+    """What the second format has besides; the file in data/ was made of it."""
+    parameters = {"half": entry((3, 2), step=7, seed=1), "wide": entry((2,), "complex64", step=7, seed=2)}
+    half = parameters["half"]
+    half.param = np.array([[1, -2], [0.5, 3], [0, np.inf]], np.float32)
+    half.compensation = np.array([[2.0**-9, -(2.0**-10)], [0, 2.0**-8], [0, 0]], np.float32)
+    extras = {
+        "norm.mean": np.array([0.5, np.nan, -0.0]),
+        "norm.count": np.array(12, np.int64),
+        "half": np.array([[1, 2]], np.float16),
+        "seen": np.array([True, False]),
+        "none": np.zeros((0, 3), np.uint8),
+        "phase": np.array([[1 + 2j, -0.5j]], np.complex64),
+    }
+    groups = [
+        Group(["half"], {"lr": 0.05, "lr_scale": 0.5, "weight_decay": 0.0, "b2": 0.999}, 0.25, 7),
+        Group(["wide"], {"lr": 0.1, "weight_decay": 0.01, "b2": 0.99}, 0.125, 7),
+    ]
+    return State(
+        parameters, groups, skipped=2, source="by hand", notes=["a note"], max_norm=0.1, compensated=True, extras=extras
+    )
+
+
 def per_tensor() -> State:
     parameters = {"a": entry((2,), global_exp_avg_sq=0.1), "b": entry((3,), seed=1, global_exp_avg_sq=1e-300)}
     return State(parameters, [Group(["a", "b"], {}, None, 3)], scope="tensor")
@@ -57,8 +83,11 @@ def assert_equal(left: State, right: State) -> None:
         for x, y in zip(a.slots().values(), b.slots().values(), strict=True):
             assert (x.dtype, x.shape) == (y.dtype, y.shape)
             assert x.tobytes() == y.tobytes()
-    for field in ("scope", "nonfinite", "skipped", "source", "notes"):
+    for field in ("scope", "nonfinite", "skipped", "source", "notes", "max_norm", "compensated"):
         assert getattr(left, field) == getattr(right, field)
+    assert list(left.extras) == list(right.extras)
+    for x, y in zip(left.extras.values(), right.extras.values(), strict=True):
+        assert (x.dtype, x.shape, x.tobytes()) == (y.dtype, y.shape, y.tobytes())
     assert str(left.groups) == str(right.groups)  # as text, in which a NaN equals itself; floats show every digit
 
 
@@ -68,4 +97,4 @@ def fit(state: State, targets: dict[str, Target], **options: Any) -> Any:
 
 
 def target(shape: tuple[int, ...], dtype: str = "float32", **own: str) -> Target:
-    return Target(shape, {slot: own.get(slot, dtype) for slot in ("param", "exp_avg", "exp_avg_sq")})
+    return Target(shape, {**dict.fromkeys(("param", "exp_avg", "exp_avg_sq"), dtype), **own})

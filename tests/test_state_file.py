@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from state_support import FIXTURE, assert_equal, entry, per_tensor, written
+from state_support import FIXTURE, FIXTURE_2, assert_equal, entry, per_tensor, written, written_2
 
 from ada2ms.core import State, StateError
 from ada2ms.core.state import Group
@@ -14,7 +14,7 @@ from ada2ms.core.state import Group
 pytest.importorskip("safetensors", reason="safetensors is not installed")
 
 
-@pytest.mark.parametrize("make", [written, per_tensor])
+@pytest.mark.parametrize("make", [written, written_2, per_tensor])
 def test_what_is_saved_is_loaded(make: Any, tmp_path: Path) -> None:
     make().save(tmp_path / "a.safetensors")
     assert_equal(State.load(tmp_path / "a.safetensors"), make())
@@ -24,6 +24,14 @@ def test_what_is_saved_is_loaded(make: Any, tmp_path: Path) -> None:
 def test_a_file_of_the_first_format_is_read() -> None:
     """Never write this file again: later versions must read what this one wrote."""
     assert_equal(State.load(FIXTURE), written())
+
+
+def test_a_file_of_the_second_format_is_read() -> None:
+    """Nor this one. The first format had none of what is new in it."""
+    assert_equal(State.load(FIXTURE_2), written_2())
+    first = State.load(FIXTURE)
+    assert (first.max_norm, first.compensated, first.extras) == (None, False, {})
+    assert all(entry.compensation is None for entry in first.parameters.values())
 
 
 def test_arrays_that_are_not_contiguous_are_saved_as_they_are(tmp_path: Path) -> None:
@@ -48,8 +56,9 @@ def test_complex_arrays_of_every_layout_are_saved_as_they_are(shape: tuple[int, 
             State({"a": e}, state.groups)
 
 
-def test_every_damage_is_found(tmp_path: Path) -> None:
-    whole = FIXTURE.read_bytes()
+@pytest.mark.parametrize("fixture", [FIXTURE, FIXTURE_2], ids=["1", "2"])
+def test_every_damage_is_found(fixture: Path, tmp_path: Path) -> None:
+    whole = fixture.read_bytes()
     file = tmp_path / "damaged.safetensors"
     for length in range(0, len(whole), 29):
         file.write_bytes(whole[:length])
@@ -68,8 +77,8 @@ def test_other_files_are_refused(tmp_path: Path) -> None:
     save_file({"weight": np.zeros(2)}, file)
     with pytest.raises(StateError, match="not a state of Ada2MS"):
         State.load(file)
-    save_file({"weight": np.zeros(2)}, file, {"format": "ada2ms-state", "format_version": "2"})
-    with pytest.raises(StateError, match="its format version is '2'; readable: 1"):
+    save_file({"weight": np.zeros(2)}, file, {"format": "ada2ms-state", "format_version": "3"})
+    with pytest.raises(StateError, match="its format version is '3'; readable: 1, 2"):
         State.load(file)
     with pytest.raises(FileNotFoundError, match="no file"):
         State.load(tmp_path / "none.safetensors")

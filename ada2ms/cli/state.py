@@ -9,12 +9,13 @@ their own: for these, load them as usual and call `export_state`.
 import argparse
 import json
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from ada2ms.core.state import State, StateError
+from ada2ms.core.state import Array, State, StateError
 
 _KINDS = {".safetensors": "state", ".pt": "torch", ".pth": "torch", ".keras": "keras"}
 
@@ -55,6 +56,10 @@ def show(arguments: argparse.Namespace) -> int:
         print(f"source      {state.source}")
     print(f"scope       {state.scope}")
     print(f"nonfinite   {state.nonfinite}, {state.skipped} steps skipped")
+    if state.max_norm is not None:
+        print(f"max_norm    {state.max_norm}")
+    if state.compensated:
+        print("compensated parameters of 16 bits keep what rounding loses")
     for i, group in enumerate(state.groups):
         hyper = ", ".join(f"{name} {value}" for name, value in group.hyper.items())
         print(
@@ -64,6 +69,8 @@ def show(arguments: argparse.Namespace) -> int:
     for name, entry in state.parameters.items():
         norms = "  ".join(f"|{slot}| {np.linalg.norm(array.ravel()):.3e}" for slot, array in entry.slots().items())
         print(f"{name:{width}}  {entry.exp_avg.shape!s:16}  {entry.exp_avg.dtype}  step {entry.step}  {norms}")
+    for name, array in state.extras.items():
+        print(f"extra {name}  {array.shape}  {array.dtype}  |.| {np.linalg.norm(_wide(array).ravel()):.3e}")
     return 0
 
 
@@ -83,26 +90,41 @@ def differences(left: State, right: State) -> list[str]:
             lines.append(f"{name}: in the {'first' if name in left.parameters else 'second'} only")
             continue
         a, b = left.parameters[name], right.parameters[name]
-        for slot in dict.fromkeys([*a.slots(), *b.slots()]):
-            x, y = a.slots().get(slot), b.slots().get(slot)
-            if x is None or y is None:
-                lines.append(f"{name}: {slot} in the {'second' if x is None else 'first'} only")
-            elif x.shape != y.shape:
-                lines.append(f"{name}: {slot} of shape {x.shape} and {y.shape}")
-            elif not np.array_equal(x, y, equal_nan=True):
-                largest = float(np.max(np.abs(y)))
-                error = float(np.max(np.abs(x - y)))
-                share = error / largest if largest else np.inf
-                lines.append(f"{name}: {slot} differs by {error:.3e}, {share:.1e} of the largest")
+        lines += [f"{name}: {line}" for line in _unequal_arrays(a.slots(), b.slots())]
         for field in ("step", "global_exp_avg_sq"):
             lines += _unequal(f"{name}: {field}", getattr(a, field), getattr(b, field))
-    for field in ("scope", "nonfinite", "skipped"):
+    lines += [f"extra {line}" for line in _unequal_arrays(left.extras, right.extras)]
+    for field in ("scope", "nonfinite", "skipped", "max_norm", "compensated"):
         lines += _unequal(field, getattr(left, field), getattr(right, field))
     lines += _unequal("groups", len(left.groups), len(right.groups))
     for i, (g, h) in enumerate(zip(left.groups, right.groups, strict=False)):
         for field in ("params", "hyper", "global_exp_avg_sq", "global_step"):
             lines += _unequal(f"group {i}: {field}", getattr(g, field), getattr(h, field))
     return lines
+
+
+def _unequal_arrays(left: Mapping[str, Array], right: Mapping[str, Array]) -> list[str]:
+    """One line for each array, by its name, that is in one only or is not the same in both."""
+    lines = []
+    for name in dict.fromkeys([*left, *right]):
+        x, y = left.get(name), right.get(name)
+        if x is None or y is None:
+            lines.append(f"{name} in the {'second' if x is None else 'first'} only")
+        elif x.shape != y.shape:
+            lines.append(f"{name} of shape {x.shape} and {y.shape}")
+        elif not np.array_equal(x, y, equal_nan=x.dtype.kind in "fc" and y.dtype.kind in "fc"):
+            x, y = _wide(x), _wide(y)
+            either = ~(np.isnan(x) & np.isnan(y))  # a NaN differs from a number, and not from a NaN
+            largest = float(np.max(np.abs(y[either])))
+            error = float(np.max(np.abs(x[either] - y[either])))
+            share = error / largest if largest else np.inf
+            lines.append(f"{name} differs by {error:.3e}, {share:.1e} of the largest")
+    return lines
+
+
+def _wide(array: Array) -> Array:
+    """Numbers of any kind as floating-point numbers, whose differences are numbers."""
+    return array.astype(np.result_type(array.dtype, np.float32), copy=False)
 
 
 def convert(arguments: argparse.Namespace) -> int:

@@ -1,10 +1,12 @@
 """The optimizer's state in no framework's terms: how it moves from one framework to another in mid-run.
 
 A backend's `export_state` makes a `State`, and its `import_state` takes one; `State.save` and `State.load` keep it in a
-file. `model.py` says what a state is, `file.py` how it is stored, `fit.py` how it fits a framework's parameters, and
-`layers.py` what the parameters of plain layers are called.
+file. `model.py` says what a state is, `file.py` how it is stored, `fit.py` how it fits a framework's parameters (and
+`compensation.py`, those of 16 bits), `arguments.py` which arguments continue it, and `layers.py` what the parameters of
+plain layers are called.
 """
 
+from ada2ms.core.state.arguments import arguments, named_groups, plain_hyperparameters
 from ada2ms.core.state.errors import StateError
 from ada2ms.core.state.fit import (
     Axes,
@@ -12,11 +14,9 @@ from ada2ms.core.state.fit import (
     Names,
     Report,
     Target,
-    arguments,
     from_portable,
     only_count,
     optimizer_problems,
-    plain_hyperparameters,
     to_portable,
     without_moments,
 )
@@ -39,6 +39,7 @@ __all__ = [
     "Target",
     "arguments",
     "from_portable",
+    "named_groups",
     "number_layers",
     "only_count",
     "optimizer_problems",

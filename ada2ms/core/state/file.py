@@ -2,13 +2,14 @@
 
 A state is plain data here: the fields of a `State`, with the fields of its parameters and groups as dictionaries.
 
-Tensors are called `<slot>/<parameter>`; the rest is JSON in the file's metadata, floats as `float.hex()`:
+Tensors are called `<slot>/<parameter>`, and `extra/<name>`; the rest is JSON in the file's metadata, floats as
+`float.hex()`:
 
     format           "ada2ms-state"
     format_version   of this layout; every version has its own reader, kept for good
     spec_version     of the rule, as in the golden vectors
     source           where the state comes from
-    state            groups, scope, nonfinite, skipped; and notes, if there are any
+    state            groups, scope, nonfinite, skipped, max_norm, compensated; and notes, if there are any
     sha256           of all of the above and of the tensors, since safetensors itself keeps no checksum
 """
 
@@ -30,8 +31,9 @@ from ada2ms.core.state.errors import StateError
 Array = NDArray[Any]
 Data = dict[str, Any]
 FORMAT: Final = "ada2ms-state"
-FORMAT_VERSION: Final = 1
-ARRAYS: Final = ("param", "exp_avg", "exp_avg_sq")  # of a parameter
+FORMAT_VERSION: Final = 2
+TOO_WIDE: Final = ("float128", "longdouble", "complex256", "clongdouble")  # for the format
+_ARRAYS: Final = ("param", "exp_avg", "exp_avg_sq", "compensation")  # of a parameter
 _KEYS: Final = ("format", "format_version", "spec_version", "source", "state")
 
 
@@ -46,19 +48,24 @@ def save(state: Data, path: Path) -> None:
 
     tensors: dict[str, Array] = {}
     for name, entry in state["parameters"].items():
-        for slot in ARRAYS:
+        for slot in _ARRAYS:
             if entry[slot] is not None:
                 tensors[f"{slot}/{name}"] = _as_reals(entry[slot])
         tensors[f"step/{name}"] = np.array(entry["step"], np.int64)
         if entry["global_exp_avg_sq"] is not None:
             tensors[f"global_exp_avg_sq/{name}"] = np.array(entry["global_exp_avg_sq"], np.float64)
+    tensors |= {f"extra/{name}": _as_reals(array) for name, array in state["extras"].items()}
     content: Data = {
         "parameters": list(state["parameters"]),
         "complex": [name for name, entry in state["parameters"].items() if np.iscomplexobj(entry["exp_avg"])],
+        "extras": list(state["extras"]),
+        "complex_extras": [name for name, array in state["extras"].items() if np.iscomplexobj(array)],
         "groups": [_group_to_json(group) for group in state["groups"]],
         "scope": state["scope"],
         "nonfinite": state["nonfinite"],
         "skipped": state["skipped"],
+        "max_norm": None if state["max_norm"] is None else float(state["max_norm"]).hex(),
+        "compensated": bool(state["compensated"]),
     }
     if state["notes"]:  # readers from before there were notes ignore them
         content["notes"] = state["notes"]
@@ -105,17 +112,11 @@ def load(path: Path) -> Data:
 
 def _read_1(metadata: dict[str, str], tensors: dict[str, Array]) -> Data:
     content = json.loads(metadata["state"])
-
-    def array(slot: str, name: str) -> Array | None:
-        found = tensors.get(f"{slot}/{name}")
-        if found is not None and name in content["complex"]:
-            found = found.view(np.result_type(found, np.complex64))[..., 0]
-        return found
-
     parameters = {}
     for name in content["parameters"]:
         own = tensors.get(f"global_exp_avg_sq/{name}")
-        entry: Data = {slot: array(slot, name) for slot in ARRAYS}
+        paired = name in content["complex"]
+        entry: Data = {slot: _array(tensors, f"{slot}/{name}", paired) for slot in ("param", "exp_avg", "exp_avg_sq")}
         entry["step"] = int(tensors[f"step/{name}"])
         entry["global_exp_avg_sq"] = None if own is None else float(own)
         parameters[name] = entry
@@ -130,8 +131,29 @@ def _read_1(metadata: dict[str, str], tensors: dict[str, Array]) -> Data:
     }
 
 
+def _read_2(metadata: dict[str, str], tensors: dict[str, Array]) -> Data:
+    """As the first, with the compensations of parameters, `max_norm`, `compensated`, and extras."""
+    content, state = json.loads(metadata["state"]), _read_1(metadata, tensors)
+    for name, entry in state["parameters"].items():
+        entry["compensation"] = _array(tensors, f"compensation/{name}", name in content["complex"])
+    state["max_norm"] = None if content["max_norm"] is None else float.fromhex(content["max_norm"])
+    state["compensated"] = content["compensated"]
+    paired = content["complex_extras"]
+    state["extras"] = {name: _array(tensors, f"extra/{name}", name in paired) for name in content["extras"]}
+    return state
+
+
 # From a file's metadata and tensors to the state; a new version adds a reader, and the old ones stay.
-_READERS: Final[dict[str, Callable[[dict[str, str], dict[str, Array]], Data]]] = {"1": _read_1}
+_READERS: Final[dict[str, Callable[[dict[str, str], dict[str, Array]], Data]]] = {
+    "1": _read_1,
+    "2": _read_2,
+}
+
+
+def _array(tensors: dict[str, Array], name: str, paired: bool) -> Array | None:
+    """A tensor by its name, None if there is none; pairs of reals along the last axis as complex numbers."""
+    found = tensors.get(name)
+    return found.view(np.result_type(found, np.complex64))[..., 0] if paired and found is not None else found
 
 
 def _as_reals(array: Array) -> Array:

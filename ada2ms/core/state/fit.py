@@ -1,7 +1,6 @@
 """States to and from a framework: names, layouts and types, checked as a whole before anything changes.
 
-Also what the transfer of every framework says in the same words: which arguments continue a state, which optimizers
-have one, and what does not fit.
+Also what the transfer of every framework says in the same words: which optimizers have a state, and what does not fit.
 """
 
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
@@ -10,8 +9,8 @@ from typing import Any
 
 import numpy as np
 
-from ada2ms.core.hyperparameters import DEFAULTS, Framework, Scope, to_arguments
-from ada2ms.core.schedules import AdaptivitySchedule
+from ada2ms.core.hyperparameters import Scope
+from ada2ms.core.state.compensation import fitted_value
 from ada2ms.core.state.errors import StateError
 from ada2ms.core.state.model import Array, Entry, State
 
@@ -24,7 +23,7 @@ class Target:
     """A parameter of a framework that an entry may go to: its shape, and the types (by name) of what it keeps."""
 
     shape: tuple[int, ...]
-    dtypes: Mapping[str, str]  # of each of SLOTS
+    dtypes: Mapping[str, str]  # of each of SLOTS, and of "compensation" where the target keeps one
     group: int = 0
 
 
@@ -114,7 +113,7 @@ def from_portable(
     wanted = set(renamed.values())
     problems += [f"superfluous: {name!r} is no parameter here" for name in state.parameters if name not in wanted]
     entries: dict[str, Entry] = {}
-    rows = []
+    rows, notes = [], list(state.notes)
     for name, target in targets.items():
         origin = renamed[name]
         called = f"{name!r}" if name == origin else f"{name!r} (in the state {origin!r})"
@@ -126,34 +125,14 @@ def from_portable(
         else:
             entries[name], unfit = _fitted(state.parameters[origin], target, order, called, values, cast)
             problems += unfit
+            notes += _left_behind(state.parameters[origin], target, called, values)
             rows.append((name, origin, target.shape, order))
     members = [{renamed[name] for name, target in targets.items() if target.group == i} for i in range(groups)]
     numbers, unfit = _global_moments(state, members)
     problems += unfit
     if problems:
         raise StateError("The state does not fit", problems)
-    return Fitted(entries, numbers, state.skipped, Report(rows, list(state.notes)))
-
-
-def arguments(state: State, framework: Framework) -> dict[str, Any]:
-    """The arguments of a framework's Ada2MS that continue a state: those of its hyperparameters that it knows.
-
-    Raises:
-        StateError: the state has groups that differ.
-    """
-    return to_arguments({**state.hyper(), "scope": state.scope, "nonfinite": state.nonfinite}, framework)
-
-
-def plain_hyperparameters(values: Mapping[str, Any]) -> dict[str, Any]:
-    """Those of the rule's hyperparameters that are plain data: numbers, and schedules of `ada2ms.core`."""
-    kept: dict[str, Any] = {}
-    for name in vars(DEFAULTS):
-        value = values.get(name)
-        if isinstance(value, AdaptivitySchedule):
-            kept[name] = value
-        elif value is not None and not callable(value):
-            kept[name] = float(value)
-    return kept
+    return Fitted(entries, numbers, state.skipped, Report(rows, notes))
 
 
 def optimizer_problems(optimizer: str, *, known: bool, amsgrad: bool) -> list[str]:
@@ -232,7 +211,12 @@ def _fitted(
     problems = []
     if values and entry.param is None:
         problems.append(f"missing: the value of {called} (values=False imports the optimizer's state alone)")
-    entry = _transposed(entry if values else replace(entry, param=None), order)
+    entry, exact = fitted_value(_transposed(entry if values else replace(entry, param=None), order), target.dtypes)
+    if not exact and not cast:
+        problems.append(
+            f"type: param of {called} is {target.dtypes['param']}, which does not hold its values, not even with its "
+            "compensation (cast=True rounds them)"
+        )
     for slot, array in entry.slots().items():
         if not cast and not _holds(target.dtypes[slot], array):
             problems.append(
@@ -240,6 +224,13 @@ def _fitted(
                 "(cast=True rounds them)"
             )
     return entry, problems
+
+
+def _left_behind(entry: Entry, target: Target, called: str, values: bool) -> list[str]:
+    """A note of a compensation that goes nowhere: neither to the target's, nor with the value."""
+    if values or entry.compensation is None or "compensation" in target.dtypes or not np.any(entry.compensation):
+        return []
+    return [f"the compensation of {called} stays behind: it belongs to the value, which is not imported"]
 
 
 def _global_moments(state: State, groups: list[set[str]]) -> tuple[list[tuple[float | None, int]], list[str]]:

@@ -1,8 +1,8 @@
 """The optimizer's state in no framework's terms.
 
 Slots have the names of `ada2ms.core.spec`. Averages are of the parameter's shape and at least float32; a parameter of
-16 bits travels as float32, which holds it exactly. A state without `s`, such as AdamW's, gets one where it goes; see
-`State.with_global`.
+16 bits travels as float32, which holds it exactly, and so does its compensation. A state without `s`, such as AdamW's,
+gets one where it goes; see `State.with_global`.
 """
 
 import math
@@ -15,13 +15,22 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ada2ms.core.coefficients import bias_correction
-from ada2ms.core.hyperparameters import DEFAULT_NONFINITE, DEFAULT_SCOPE, DEFAULTS, Nonfinite, Scope, check
+from ada2ms.core.hyperparameters import (
+    DEFAULT_COMPENSATED,
+    DEFAULT_MAX_NORM,
+    DEFAULT_NONFINITE,
+    DEFAULT_SCOPE,
+    DEFAULTS,
+    Nonfinite,
+    Scope,
+    check,
+)
 from ada2ms.core.schedules import AdaptivitySchedule
 from ada2ms.core.state import file
 from ada2ms.core.state.errors import StateError
 
 Array = NDArray[Any]
-SLOTS = file.ARRAYS
+SLOTS = ("param", "exp_avg", "exp_avg_sq")  # of every parameter
 
 
 @dataclass
@@ -33,6 +42,7 @@ class Entry:
         step: its count of updates.
         global_exp_avg_sq: its own s, in scope "tensor"; else None.
         param: its value, if that travels too.
+        compensation: of a parameter of 16 bits, what rounding has taken from its value; None if none is kept.
     """
 
     exp_avg: Array
@@ -40,10 +50,14 @@ class Entry:
     step: int
     global_exp_avg_sq: float | None = None
     param: Array | None = None
+    compensation: Array | None = None
+
+    def __setstate__(self, fields: dict[str, Any]) -> None:
+        self.__dict__.update({"compensation": None, **fields})  # pickles of before there were compensations
 
     def slots(self) -> dict[str, Array]:
-        """The arrays by their names in `SLOTS`, the parameter's only if it is there."""
-        return {name: array for name in SLOTS if (array := getattr(self, name)) is not None}
+        """The arrays by their names, those of `SLOTS` and the compensation; without what is not there."""
+        return {name: array for name in (*SLOTS, "compensation") if (array := getattr(self, name)) is not None}
 
 
 @dataclass
@@ -53,7 +67,7 @@ class Group:
     Attributes:
         params: names, in the optimizer's order.
         hyper: those fields of `Hyperparameters` that the framework could tell: numbers, and for adaptivity a schedule
-            of `ada2ms.core` as well.
+            of `ada2ms.core` as well; and `lr_scale`, if the framework has the learning rate as a factor of another.
         global_exp_avg_sq: s; None in scope "tensor", and where there is none yet.
         global_step: k.
     """
@@ -76,6 +90,8 @@ class State:
         source: where it comes from, such as "torch 2.13.0: Ada2MS"; for people.
         notes: what the optimizer kept besides and this state does not hold, such as accumulated gradients; one sentence
             each, for people. They are saved with the state, and are in the report of whoever imports it.
+        max_norm, compensated: as in every backend.
+        extras: arrays by name that are no part of the optimizer's state and travel with it.
 
     Raises:
         StateError: listing everything that is not valid.
@@ -88,6 +104,9 @@ class State:
     skipped: int = 0
     source: str = ""
     notes: list[str] = field(default_factory=list)
+    max_norm: float | None = DEFAULT_MAX_NORM
+    compensated: bool = DEFAULT_COMPENSATED
+    extras: dict[str, Array] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         problems = [f"{name!r}: {x}" for name, entry in self.parameters.items() for x in _entry_problems(entry)]
@@ -97,15 +116,24 @@ class State:
                 problems.append(f"{name!r} is in {grouped.count(name)} groups (must be a parameter, and in one group)")
         for i, group in enumerate(self.groups):
             problems += [f"group {i}: {x}" for x in _group_problems(group)]
-        for choice in ("scope", "nonfinite"):
+        for choice in ("scope", "nonfinite", "max_norm", "compensated"):
             problems += _raised(check, choice, getattr(self, choice))
+        problems += [
+            f"extra {name!r}: {x}" for name, array in self.extras.items() for x in _extra_problems(name, array)
+        ]
         if not _is_count(self.skipped):
             problems.append(f"Invalid skipped: {self.skipped!r} (must be an integer, at least 0)")
         if problems:
             raise StateError("Not a valid state", problems)
 
     def __setstate__(self, fields: dict[str, Any]) -> None:
-        self.__dict__.update({"notes": [], **fields})  # pickles of before there were notes
+        added: dict[str, Any] = {
+            "notes": [],
+            "max_norm": DEFAULT_MAX_NORM,
+            "compensated": DEFAULT_COMPENSATED,
+            "extras": {},
+        }
+        self.__dict__.update({**added, **fields})  # pickles of before there were these
 
     @property
     def has_global(self) -> bool:
@@ -226,10 +254,18 @@ def _entry_problems(entry: Entry) -> list[str]:
     return problems
 
 
+def _extra_problems(name: Any, array: Any) -> list[str]:
+    if not isinstance(name, str):
+        return ["its name must be a string"]
+    if isinstance(array, np.ndarray) and array.dtype.kind in "biufc" and array.dtype.name not in file.TOO_WIDE:
+        return []
+    return [f"{array.dtype if isinstance(array, np.ndarray) else type(array).__name__} (must be an array of numbers)"]
+
+
 def _group_problems(group: Group) -> list[str]:
     problems = []
     for name, value in group.hyper.items():
-        if name not in vars(DEFAULTS):
+        if name not in (*vars(DEFAULTS), "lr_scale"):
             problems.append(f"Invalid hyperparameter: {name!r} (must be one of {tuple(vars(DEFAULTS))})")
         elif not isinstance(value, AdaptivitySchedule):
             problems += _raised(check, name, value, schedule=False)
