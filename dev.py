@@ -148,7 +148,9 @@ def test() -> list[Job]:
 
 def quick() -> list[Job]:
     def vectors(label: str, marks: str, way: str) -> Job:
-        return pytest(label, marks, "-k", f"test_golden and float64 and {way}", "tests/test_trajectories.py")
+        return pytest(
+            label, marks, "-k", f"test_golden and (float64 or compensated) and {way}", "tests/test_trajectories.py"
+        )
 
     return [
         vectors("Keras", "keras", "keras"),

@@ -37,7 +37,8 @@ def test_the_first_match_wins(groups: list[Group], expected: list[int | None]) -
 def test_a_group_without_parameters_is_an_error() -> None:
     """But for one that matches every name, and where there are no parameters."""
     with pytest.raises(
-        ValueError, match=r"Invalid groups\[1\]: Group\(match='bais'.*none of 'embed.weight', 'fc.weight'"
+        ValueError,
+        match=r"Invalid groups\[1\]: Group\('bais', lr_scale=2.0\) has no .*none of 'embed.weight', 'fc.weight'",
     ):
         assign([NO_DECAY, Group("bais", lr_scale=2)], NAMES, NDIMS)
     with pytest.raises(ValueError, match=r"Invalid groups\[1\]: .*groups before it have all that it matches"):
@@ -74,6 +75,7 @@ def test_groups_are_plain_data(group: Group) -> None:
     data = json.loads(json.dumps(group.to_dict()))
     assert Group.from_dict(data) == group
     assert pickle.loads(pickle.dumps(group)) == group
+    assert eval(repr(group), {**vars(core)}) == group
     assert hash(group) == hash(Group.from_dict(data))
     assert len(set(GROUPS)) == len(GROUPS)
 

@@ -16,7 +16,7 @@ from ada2ms.core.hyperparameters import Hyperparameters, Scheduled, as_float, ch
 from ada2ms.core.schedules import AdaptivitySchedule, from_dict
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Group:
     """Parameters with hyperparameters of their own, by the rule's names; what is None is as in the optimizer.
 
@@ -49,6 +49,11 @@ class Group:
             check(name, value)
             if not callable(value):
                 object.__setattr__(self, name, as_float(value))
+
+    def __repr__(self) -> str:
+        given = {name: value for name, value in vars(self).items() if value != getattr(type(self), name, None)}
+        del given["match"]
+        return f"Group({', '.join([repr(self.match), *(f'{name}={value!r}' for name, value in given.items())])})"
 
     def matches(self, name: str, ndim: int) -> bool:
         """Whether a parameter of this name and number of dimensions is one of the group's."""
