@@ -238,7 +238,7 @@ def test_layers_that_are_not_plain_are_named() -> None:
 
     from ada2ms.torch import plain_layers
 
-    model = nn.Sequential(nn.Linear(4, 4), nn.MultiheadAttention(4, 2), nn.Bilinear(1, 1, 3), nn.LayerNorm(4))
+    model = nn.Sequential(nn.Linear(4, 4), nn.Bilinear(2, 4, 2), nn.Bilinear(1, 1, 3), nn.LayerNorm(4))
     with pytest.raises(StateError) as caught:
         plain_layers(model)
     assert [problem.split(",")[0] for problem in caught.value.problems] == ["'1'", "'2'"]
@@ -252,8 +252,8 @@ def test_layers_that_are_not_plain_are_named() -> None:
         "3.bias": "1.norm.bias",
     }
     assert mappings["axes"] == {"0.weight": (1, 0), "2.weight": (2, 1, 0)}
-    del names["1.in_proj_bias"]
-    with pytest.raises(StateError, match=r"give names= and.*\n.*'1', MultiheadAttention, which has in_proj_bias$"):
+    del names["1.bias"]
+    with pytest.raises(StateError, match=r"give names= and.*\n.*'1', Bilinear, which has bias$"):
         plain_layers(model, names=names)
 
 

@@ -1,32 +1,69 @@
-"""Ready mappings of plain layers."""
+"""Ready mappings of known layers."""
 
-from collections.abc import Iterator, Mapping
-from typing import Any
+from collections.abc import Iterator
+from math import prod
+from typing import Any, NamedTuple
 
 from ada2ms._extras import require
-from ada2ms.core.state import Axes, Layer, Mappings, number_layers
+from ada2ms.core.state import (
+    OWN,
+    Axes,
+    Cut,
+    Layer,
+    LayerNames,
+    Mappings,
+    Role,
+    einsum_product,
+    gates,
+    number_layers,
+)
 
-_KINDS = {
-    "dense": (("Linear",), {"kernel": "kernel", "bias": "bias"}),
-    "conv": (("Conv",), {"kernel": "kernel", "bias": "bias"}),
-    "conv_transpose": (("ConvTranspose",), {"kernel": "kernel", "bias": "bias"}),
-    "embedding": (("Embed",), {"embedding": "table"}),
-    "norm": (("LayerNorm", "RMSNorm", "GroupNorm", "BatchNorm"), {"scale": "scale", "bias": "bias"}),
+Array = Any
+Params = dict[str, tuple[Role, tuple[int, ...] | Cut | None]]
+_PLAIN: dict[str, tuple[tuple[str, ...], Params]] = {
+    "dense": (("Linear",), {"kernel": ("kernel", None), "bias": ("bias", None)}),
+    "conv": (("Conv",), {"kernel": ("kernel", None), "bias": ("bias", None)}),
+    "conv_transpose": (("ConvTranspose",), {"kernel": ("kernel", None), "bias": ("bias", None)}),
+    "embedding": (("Embed",), {"embedding": ("table", None)}),
+    "norm": (
+        ("LayerNorm", "RMSNorm", "GroupNorm", "BatchNorm"),
+        {"scale": ("scale", None), "bias": ("bias", None)},
+    ),
+    "prelu": (("PReLU",), {"negative_slope": ("slope", None)}),
 }
+_ATTENTION: Params = {
+    **{f"{x}/{y}": (f"{x}.{y}", None) for x in ("query", "key", "value", "out") for y in ("kernel", "bias")},
+    **{f"{x}_ln/scale": (f"{x}_norm.scale", None) for x in ("query", "key")},
+}
+_LORA: Params = {x: (x, None) for x in ("lora_a", "lora_b")}
+_CELLS = {"LSTMCell": "lstm", "OptimizedLSTMCell": "lstm", "GRUCell": "gru", "SimpleCell": "rnn"}
 
 
-def plain_layers(model: Any, *, names: Mapping[str, str] | None = None, axes: Axes = None) -> Mappings:
-    """`names` and `axes` for a flax.nnx model of plain layers, whose parameters are `nnx.state(model, nnx.Param)`.
+class _Place(NamedTuple):
+    """A module where it stands in a model."""
+
+    module: Any
+    attributes: str  # those that lead to it
+    path: str
+    backwards: bool  # as a recurrent layer goes
+
+
+def plain_layers(model: Any, *, names: LayerNames = None, axes: Axes = None) -> Mappings:
+    """`names` and `axes` for a flax.nnx model of known layers, whose parameters are `nnx.state(model, nnx.Param)`.
 
     The same model in another framework maps to the same state. Layers are numbered in the order in which attributes
-    were set: `0.conv.kernel`, `0.conv.bias`, `1.norm.scale`, `2.dense.kernel`, `3.embedding.table`. Kernels are
-    (height, width, inputs, outputs) and (inputs, outputs), as in flax. So the models must have the same layers in the
-    same order; what a Linear reads from a flattened image must be in the same order, too, which no mapping can see.
+    were set: `0.conv.kernel`, `0.conv.bias`, `1.norm.scale`, `2.dense.kernel`, `3.embedding.table`,
+    `4.attention.query.kernel`, `5.lstm.i.kernel`. `ada2ms.core.state.layers` has all of them, with their shapes. So the
+    models must have the same layers in the same order; what a Linear reads from a flattened image must be in the same
+    order, too, which no mapping can see.
 
     Args:
-        model: of Linear, Conv, ConvTranspose (with `transpose_kernel=True`: other frameworks have no kernel that is
-            turned round), Embed and normalisations.
-        names: names in the state for parameters of layers that are not plain, as for `export_state`; or for others.
+        model: of Linear, LinearGeneral, Einsum, Conv, ConvTranspose (with `transpose_kernel=True`: other frameworks
+            have no kernel that is turned round), Embed, normalisations, PReLU, MultiHeadAttention, LoRA, LoRALinear,
+            and recurrent cells, in `RNN` and `Bidirectional` or by themselves.
+        names: names in the state for parameters of layers that are not known, as for `export_state`; or for others.
+            With "auto", layers are called by their paths in the model instead of by numbers, and parameters of your
+            own modules by theirs.
         axes: layouts of these, where they differ, as there.
 
     Raises:
@@ -40,36 +77,32 @@ def plain_layers(model: Any, *, names: Mapping[str, str] | None = None, axes: Ax
     paths = {id(x): "/".join(map(str, path)) for path, x in nnx.iter_graph(model) if isinstance(x, nnx.Param)}
     layers = []
     seen: set[int] = set()
-    for path, module in _modules(model, "", nnx, set()):
-        params = {name: value for name, value in vars(module).items() if isinstance(value, nnx.Param)}
+    for place in _places(_Place(model, "", "", False), nnx, set()):
+        params = _params(place.module, nnx)
         own = {name: paths[id(x)] for name, x in params.items() if x[...] is not None and id(x) not in seen}
         seen.update(map(id, params.values()))  # a shared parameter belongs to the first layer that has it
         if own:
-            kind, roles = next(
-                (
-                    (kind, roles)
-                    for kind, (names, roles) in _KINDS.items()
-                    if isinstance(module, tuple(getattr(nnx, name) for name in names))
-                ),
-                (None, {}),
-            )
-            if kind == "conv_transpose" and not module.transpose_kernel:
-                kind = None
-            called, prefix = f"{path!r}, {type(module).__name__}", f"{path}/" if path else ""
-            if all(name == prefix + own_name for own_name, name in own.items()):
-                layers.append(Layer(called, prefix, list(own), kind, roles))
-            else:
-                roles = {name: roles[own_name] for own_name, name in own.items() if own_name in roles}
-                layers.append(Layer(called, "", list(own.values()), kind, roles))
+            kind, known = _described(place, own, nnx)
+            called = f"{place.attributes!r}, {type(place.module).__name__}"
+            prefix = f"{place.attributes}/" if place.attributes else ""
+            if any(path != prefix + name for name, path in own.items()):
+                known = {path: known[name] for name, path in own.items() if name in known}
+                own, prefix = {path: path for path in own.values()}, ""
+            roles = {name: role for name, (role, _) in known.items()}
+            moved = {name: order for name, (_, order) in known.items() if order is not None}
+            layers.append(Layer(called, prefix, list(own), kind, roles, moved, place.path))
     return number_layers(layers, names, axes)
 
 
-def _modules(module: Any, path: str, nnx: Any, seen: set[int]) -> Iterator[tuple[str, Any]]:
+def _places(place: _Place, nnx: Any, seen: set[int]) -> Iterator[_Place]:
     """A module and those in it, each once, in the order in which they were set; flax itself walks them by name."""
+    module, attributes, path, _ = place
     if id(module) in seen:
         return
     seen.add(id(module))
-    yield path, module
+    yield place
+    if _is_whole(module, nnx):
+        return
     for name, value in vars(module).items():
         inner = {name: value}
         if isinstance(value, (list, tuple, nnx.List)):
@@ -78,4 +111,114 @@ def _modules(module: Any, path: str, nnx: Any, seen: set[int]) -> Iterator[tuple
             inner = {f"{name}/{key}": x for key, x in dict(value.items()).items()}
         for key, each in inner.items():
             if isinstance(each, nnx.Module) and not isinstance(each, (nnx.List, nnx.Dict)):
-                yield from _modules(each, f"{path}/{key}" if path else key, nnx, seen)
+                backwards = _goes_backwards(place, name, each, nnx)
+                below = _below(module, key, nnx)
+                yield from _places(
+                    _Place(each, _joined("/", attributes, key), _joined(".", path, below), backwards), nnx, seen
+                )
+
+
+def _below(module: Any, key: str, nnx: Any) -> str:
+    """A module's path in another, as torch would have it: Sequential is a list there, and nothing has cells."""
+    if isinstance(module, nnx.Sequential):
+        return key.removeprefix("layers/")
+    if isinstance(module, (nnx.RNN, nnx.Bidirectional)):
+        return {"cell": "", "forward_rnn": "0", "backward_rnn": "1"}.get(key, key)
+    return key.replace("/", ".")
+
+
+def _goes_backwards(place: _Place, name: str, each: Any, nnx: Any) -> bool:
+    if isinstance(place.module, nnx.Bidirectional):  # which says so when it calls them
+        return name == "backward_rnn"
+    return place.backwards or (isinstance(each, nnx.RNN) and bool(each.reverse))
+
+
+def _is_whole(module: Any, nnx: Any) -> bool:
+    """Whether a module's parameters are those of the modules in it."""
+    if isinstance(module, nnx.LoRA):
+        return module.base_module is None or isinstance(module.base_module, nnx.Linear)
+    return isinstance(module, (nnx.MultiHeadAttention, nnx.LoRALinear, nnx.RNNCellBase))
+
+
+def _params(module: Any, nnx: Any) -> dict[str, Any]:
+    """The parameters of a module by their paths in it."""
+    if _is_whole(module, nnx):
+        # In the order in which they were set, which `iter_graph` does not keep
+        inner = [(name, x) for name, x in vars(module).items() if isinstance(x, nnx.Module)]
+        below = {f"{name}/{key}": x for name, each in inner for key, x in _params(each, nnx).items()}
+    else:
+        below = {}
+    return {name: x for name, x in vars(module).items() if isinstance(x, nnx.Param)} | below
+
+
+def _described(place: _Place, own: dict[str, str], nnx: Any) -> tuple[str | None, Params]:
+    """A module's kind, and the role and layout of each of its parameters."""
+    module = place.module
+    if isinstance(module, nnx.MultiHeadAttention):
+        return "attention", _ATTENTION
+    if isinstance(module, nnx.LoRA):
+        base = {f"base_module/{name}": known for name, known in _PLAIN["dense"][1].items()}
+        return "dense", {**_LORA, **base}
+    if isinstance(module, nnx.LoRALinear):
+        return "dense", {**_PLAIN["dense"][1], **{f"lora/{name}": known for name, known in _LORA.items()}}
+    if isinstance(module, nnx.RNNCellBase):
+        return _recurrent(place, own, nnx)
+    if isinstance(module, nnx.LinearGeneral):
+        return _linear_general(module)
+    if isinstance(module, nnx.Einsum):
+        product = einsum_product(module.einsum_str or "")
+        params: Params = (
+            {} if product is None else {"kernel": ("kernel", product.kernel), "bias": ("bias", product.bias)}
+        )
+        return (None if product is None else product.kind), params
+    if isinstance(module, nnx.ConvTranspose) and not module.transpose_kernel:
+        return None, {}
+    for kind, (classes, params) in _PLAIN.items():
+        if isinstance(module, tuple(getattr(nnx, name) for name in classes)):
+            return kind, params
+    return (None if type(module).__module__.startswith("flax.") else OWN), {}
+
+
+def _linear_general(module: Any) -> tuple[str | None, Params]:
+    """Kernels of (batch axes, inputs, outputs), each of several axes, the inputs' in the order of `axis`."""
+    axes, batch = _tuple(module.axis), len(module.batch_axis)
+    if list(axes) != sorted(axes) or len({axis < 0 for axis in axes}) > 1:
+        return None, {}
+    inputs = len(axes)
+
+    def kernel(array: Array) -> list[Array]:
+        sizes = array.shape
+        return [array.reshape(*sizes[:batch], prod(sizes[batch : batch + inputs]), prod(sizes[batch + inputs :]))]
+
+    def bias(array: Array) -> list[Array]:
+        return [array if batch else array.ravel()]
+
+    return ("einsum" if batch else "dense"), {"kernel": ("kernel", kernel), "bias": ("bias", bias)}
+
+
+def _recurrent(place: _Place, own: dict[str, str], nnx: Any) -> tuple[str | None, Params]:
+    """Cells with an array for each gate, or one for all of them."""
+    module = place.module
+    name = next((name for name in _CELLS if isinstance(module, getattr(nnx, name))), None)
+    if name is None:
+        return (None if type(module).__module__.startswith("flax.") else OWN), {}
+    kind = _CELLS[name]
+    full = kind + "_residual" * bool(getattr(module, "residual", False)) + "_backwards" * place.backwards
+    params: Params = {}
+    for key in own:
+        linear, _, what = key.partition("/")
+        recurrent = linear in ("dense_h", "hi", "hf", "hg", "ho")
+        role = f"recurrent_{what}" if recurrent and what == "kernel" else what
+        if name == "LSTMCell":
+            params[key] = f"{linear[1]}.{role}", None
+        else:
+            params[key] = gates(kind, role)
+    return full, params
+
+
+def _joined(separator: str, *parts: str) -> str:
+    return separator.join(filter(None, parts))
+
+
+def _tuple(x: Any) -> tuple[int, ...]:
+    return (x,) if isinstance(x, int) else tuple(x)

@@ -20,6 +20,7 @@ from ada2ms.core.state import (
     StateError,
     Target,
     from_portable,
+    in_state,
     only_count,
     plain_hyperparameters,
     to_portable,
@@ -78,7 +79,7 @@ def export_state(
     }
     entries, renamed = to_portable(entries, names, axes, leaves)
     options = from_arguments(options or {}, "optax")
-    group = Group(list(renamed.values()), plain_hyperparameters(options))
+    group = Group(in_state(renamed, renamed), plain_hyperparameters(options))
     source = f"jax {jax.__version__}, optax {optax.__version__}: {type(node).__name__}"
     notes = [f"Not exported: {kept}" for kept in left_behind(opt_state)]
     notes += without_moments(_arrays_beside(leaves, mu) if values else [], imported=False)

@@ -20,6 +20,7 @@ from ada2ms.core.state import (
     StateError,
     Target,
     from_portable,
+    in_state,
     only_count,
     optimizer_problems,
     plain_hyperparameters,
@@ -72,7 +73,7 @@ def export_state(
         for path, (i, variable) in _variables(model, optimizer).items()
     }
     entries, renamed = to_portable(entries, names, axes, _paths(model))
-    group = Group(list(renamed.values()), _hyperparameters(optimizer))
+    group = Group(in_state(renamed, renamed), _hyperparameters(optimizer))
     source = f"keras {keras.__version__} on {keras.backend.backend()}: {type(optimizer).__name__}"
     notes = _left_behind(model, wrapper, optimizer)
     notes += without_moments(_without_moments(model, optimizer) if values else [], imported=False)

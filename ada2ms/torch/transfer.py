@@ -19,6 +19,7 @@ from ada2ms.core.state import (
     StateError,
     Target,
     from_portable,
+    in_state,
     optimizer_problems,
     plain_hyperparameters,
     to_portable,
@@ -116,7 +117,7 @@ def from_state_dict(
         raise StateError("The state cannot be exported", problems)
     entries, renamed = to_portable(entries, names, axes, params)
     for group in groups:
-        group.params = [renamed[name] for name in group.params]
+        group.params = in_state(renamed, group.params)
     first = state_dict["param_groups"][0] if state_dict["param_groups"] else {}
     choices = {name: first[name] for name in ("scope", "nonfinite") if name in first}
     exported = State(entries, groups, **choices, skipped=skipped)

@@ -2,16 +2,14 @@
 
 A backend's `export_state` makes a `State`, and its `import_state` takes one; `State.save` and `State.load` keep it in a
 file. `model.py` says what a state is, `file.py` how it is stored, `fit.py` how it fits a framework's parameters (and
-`compensation.py`, those of 16 bits), `arguments.py` which arguments continue it, and `layers.py` what the parameters of
-plain layers are called.
+`compensation.py`, those of 16 bits), `layout.py` how arrays of the one lie in those of the other, `arguments.py` which
+arguments continue it, and `layers.py` what the parameters of known layers are called.
 """
 
 from ada2ms.core.state.arguments import arguments, named_groups, plain_hyperparameters
 from ada2ms.core.state.errors import StateError
 from ada2ms.core.state.fit import (
-    Axes,
     Fitted,
-    Names,
     Report,
     Target,
     from_portable,
@@ -20,25 +18,45 @@ from ada2ms.core.state.fit import (
     to_portable,
     without_moments,
 )
-from ada2ms.core.state.layers import Layer, Mappings, number_layers
+from ada2ms.core.state.layers import (
+    GATES,
+    OWN,
+    Layer,
+    LayerNames,
+    Mappings,
+    Role,
+    einsum_product,
+    gates,
+    number_layers,
+)
+from ada2ms.core.state.layout import Axes, Cut, Name, Names, in_state
 from ada2ms.core.state.model import SLOTS, Array, Entry, Group, State
 
 __all__ = [
+    "GATES",
+    "OWN",
     "SLOTS",
     "Array",
     "Axes",
+    "Cut",
     "Entry",
     "Fitted",
     "Group",
     "Layer",
+    "LayerNames",
     "Mappings",
+    "Name",
     "Names",
     "Report",
+    "Role",
     "State",
     "StateError",
     "Target",
     "arguments",
+    "einsum_product",
     "from_portable",
+    "gates",
+    "in_state",
     "named_groups",
     "number_layers",
     "only_count",

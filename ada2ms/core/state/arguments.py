@@ -7,7 +7,7 @@ from ada2ms.core import groups as by_name
 from ada2ms.core.hyperparameters import DEFAULT_COMPENSATED, DEFAULT_MAX_NORM, DEFAULTS, Framework, to_arguments
 from ada2ms.core.schedules import AdaptivitySchedule
 from ada2ms.core.state.errors import StateError
-from ada2ms.core.state.fit import Names
+from ada2ms.core.state.layout import Names, names_here
 from ada2ms.core.state.model import Group, State
 
 
@@ -54,11 +54,11 @@ def named_groups(state: State, names: Names = None) -> tuple[dict[str, Any], lis
     base = distinct[most][0]
     if problems := _unnameable(state.groups, names) if len(distinct) > 1 else []:
         raise StateError("The groups have hyperparameters of their own", problems)
-    called = {} if names is None or callable(names) else {origin: name for name, origin in names.items()}
+    called = {} if names is None or callable(names) else names_here(names)
     groups = []
     for i, (hyper, params) in enumerate(distinct):
         if i != most and params:
-            match = by_name.exactly(called.get(name, name) for name in params)
+            match = by_name.exactly(dict.fromkeys(called.get(name, name) for name in params))
             own = {
                 name: value for name, value in hyper.items() if name not in ("lr", "lr_scale") and value != base[name]
             }

@@ -3,19 +3,17 @@
 Also what the transfer of every framework says in the same words: which optimizers have a state, and what does not fit.
 """
 
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any
 
 import numpy as np
 
 from ada2ms.core.hyperparameters import Scope
 from ada2ms.core.state.compensation import fitted_value
 from ada2ms.core.state.errors import StateError
+from ada2ms.core.state.layers import reasons
+from ada2ms.core.state.layout import Axes, Layout, Name, Names, arranged, called, cut, layouts
 from ada2ms.core.state.model import Array, Entry, State
-
-Names = Mapping[str, str] | Callable[[str], str] | None
-Axes = Mapping[str, Sequence[int]] | None
 
 
 @dataclass(frozen=True)
@@ -56,23 +54,35 @@ class Fitted:
 
 def to_portable(
     entries: Mapping[str, Entry], names: Names, axes: Axes, others: Collection[str] = ()
-) -> tuple[dict[str, Entry], dict[str, str]]:
-    """Entries of a framework by the state's names and in its layout; and the state's name of each.
+) -> tuple[dict[str, Entry], dict[str, Name]]:
+    """Entries of a framework by the state's names and in its layout; and the state's name, or names, of each.
 
     Args:
         entries: by the framework's names.
-        names: the state's name of each of the framework's names; those left out are the same in both.
-        axes: for a framework's name, how the state's array is transposed to have the framework's layout.
+        names: the state's name of each of the framework's names, several for one that is cut; those left out are the
+            same in both.
+        axes: for a framework's name, how the state's array is transposed to have the framework's layout, or how the
+            framework's is cut; see `Layout`.
         others: parameters of the model that are not in the optimizer: names and axes for them are ignored.
 
     Raises:
         StateError: names or axes are of parameters that do not exist, or do not fit.
     """
-    renamed, problems = _rename(list(entries), names, others)
-    problems += _axes_problems({name: entry.exp_avg.shape for name, entry in entries.items()}, axes, others)
+    found, problems = layouts({name: entry.exp_avg.shape for name, entry in entries.items()}, names, axes, others)
     if problems:
         raise StateError("The state cannot be exported", problems)
-    moved = {renamed[name]: _transposed(entry, _inverse(axes, name)) for name, entry in entries.items()}
+    moved: dict[str, Entry] = {}
+    renamed: dict[str, Name] = {}
+    for name, entry in entries.items():
+        try:
+            parts = cut(entry, found[name])
+        except ValueError as error:
+            problems.append(f"{name!r}: {error}")
+            continue
+        moved.update(parts)
+        renamed[name] = next(iter(parts)) if len(parts) == 1 else tuple(parts)
+    if problems:
+        raise StateError("The state cannot be exported", problems)
     return moved, renamed
 
 
@@ -93,8 +103,10 @@ def from_portable(
     Args:
         state: of any source.
         targets: by the framework's names.
-        names: the state's name of each of the framework's names; those left out are the same in both.
-        axes: for a framework's name, how the state's array is transposed to have the framework's layout.
+        names: the state's name of each of the framework's names, several for one that is cut; those left out are the
+            same in both.
+        axes: for a framework's name, how the state's array is transposed to have the framework's layout, or how the
+            framework's is cut; see `Layout`.
         scope: the optimizer's; None for an optimizer without a global second moment, such as AdamW.
         values: whether the parameters' values are wanted, and not only the optimizer's state.
         cast: whether values may be rounded to the framework's types.
@@ -104,30 +116,23 @@ def from_portable(
     Raises:
         StateError: listing every entry that is missing, superfluous, or of a wrong shape or type.
     """
-    renamed, problems = _rename(list(targets), names, others)
-    problems += _axes_problems({name: target.shape for name, target in targets.items()}, axes, others)
+    found, problems = layouts({name: target.shape for name, target in targets.items()}, names, axes, others)
     if problems:
         raise StateError("The state does not fit", problems)
+    why = reasons([part for layout in found.values() for part in layout.names], state.parameters)
+    state, problems = arranged(state, found)
+    problems += why
     if scope is not None:
         state = state.with_global(scope)
-    wanted = set(renamed.values())
-    problems += [f"superfluous: {name!r} is no parameter here" for name in state.parameters if name not in wanted]
     entries: dict[str, Entry] = {}
     rows, notes = [], list(state.notes)
-    for name, target in targets.items():
-        origin = renamed[name]
-        called = f"{name!r}" if name == origin else f"{name!r} (in the state {origin!r})"
-        order = tuple(axes[name]) if axes and name in axes else None
-        if origin not in state.parameters:
-            problems.append(f"missing: {called}")
-        elif reason := _misshapen(state.parameters[origin], target, order):
-            problems.append(f"shape: {called} {reason}")
-        else:
-            entries[name], unfit = _fitted(state.parameters[origin], target, order, called, values, cast)
-            problems += unfit
-            notes += _left_behind(state.parameters[origin], target, called, values)
-            rows.append((name, origin, target.shape, order))
-    members = [{renamed[name] for name, target in targets.items() if target.group == i} for i in range(groups)]
+    for name, entry in state.parameters.items():
+        what = called(name, found[name])
+        entries[name], unfit = _fitted(entry, targets[name], what, values, cast)
+        problems += unfit
+        notes += _left_behind(entry, targets[name], what, values)
+        rows.append(_row(name, found[name]))
+    members = [{name for name, target in targets.items() if target.group == i} for i in range(groups)]
     numbers, unfit = _global_moments(state, members)
     problems += unfit
     if problems:
@@ -167,51 +172,16 @@ def only_count(entries: Iterable[Entry], optimizer: str) -> int:
     return max(counts, default=0)
 
 
-def _rename(own: list[str], names: Names, others: Collection[str]) -> tuple[dict[str, str], list[str]]:
-    """The state's name of each of a framework's names, and what is wrong with the mapping."""
-    problems = []
-    if callable(names):
-        renamed = {name: names(name) for name in own}
-    else:
-        known = {*own, *others}
-        problems += [f"names: there is no parameter {name!r} here" for name in names or {} if name not in known]
-        renamed = {name: (names or {}).get(name, name) for name in own}
-    by_name: dict[str, list[str]] = {}
-    for name, other in renamed.items():
-        by_name.setdefault(other, []).append(name)
-    problems += [f"names: {same} are all called {other!r}" for other, same in by_name.items() if len(same) > 1]
-    return renamed, problems
+def _row(name: str, layout: Layout) -> tuple[str, str, tuple[int, ...], tuple[int, ...] | None]:
+    return name, " + ".join(layout.names), layout.shape, layout.axes if isinstance(layout.axes, tuple) else None
 
 
-def _axes_problems(shapes: Mapping[str, tuple[int, ...]], axes: Axes, others: Collection[str]) -> list[str]:
-    return [
-        f"axes: there is no parameter {name!r} here"
-        if name not in shapes
-        else f"axes: {tuple(order)!r} of {name!r} is no order of its {len(shapes[name])} axes"
-        for name, order in (axes or {}).items()
-        if (name not in shapes and name not in others)
-        or (name in shapes and sorted(order) != list(range(len(shapes[name]))))
-    ]
-
-
-def _misshapen(entry: Entry, target: Target, order: tuple[int, ...] | None) -> str:
-    """In what an entry's shape is not the target's; empty if it is."""
-    here = entry.exp_avg.shape
-    fits = order is None or len(order) == len(here)
-    there = here if order is None or not fits else tuple(here[i] for i in order)
-    if len(here) == len(target.shape) and there == target.shape:
-        return ""
-    return f"has {target.shape}; in the state {here}" + (f", with axes {order} {there}" if order and fits else "")
-
-
-def _fitted(
-    entry: Entry, target: Target, order: tuple[int, ...] | None, called: str, values: bool, cast: bool
-) -> tuple[Entry, list[str]]:
-    """An entry in the target's layout, and what of it is missing or does not fit the target's types."""
+def _fitted(entry: Entry, target: Target, called: str, values: bool, cast: bool) -> tuple[Entry, list[str]]:
+    """An entry without what is not wanted, and what of it is missing or does not fit the target's types."""
     problems = []
     if values and entry.param is None:
         problems.append(f"missing: the value of {called} (values=False imports the optimizer's state alone)")
-    entry, exact = fitted_value(_transposed(entry if values else replace(entry, param=None), order), target.dtypes)
+    entry, exact = fitted_value(entry if values else replace(entry, param=None), target.dtypes)
     if not exact and not cast:
         problems.append(
             f"type: param of {called} is {target.dtypes['param']}, which does not hold its values, not even with its "
@@ -253,17 +223,6 @@ def _pairs(state: State, members: set[str] | None) -> set[tuple[float | None, in
     """The different (s, k) of the state's groups that have any of these parameters; of all groups for None."""
     chosen = [group for group in state.groups if members is None or members & set(group.params)]
     return {(group.global_exp_avg_sq, group.global_step) for group in chosen}
-
-
-def _inverse(axes: Axes, name: str) -> tuple[int, ...] | None:
-    return tuple(int(i) for i in np.argsort(axes[name])) if axes and name in axes else None
-
-
-def _transposed(entry: Entry, order: tuple[int, ...] | None) -> Entry:
-    if order is None:
-        return entry
-    moved: dict[str, Any] = {name: array.transpose(order) for name, array in entry.slots().items()}
-    return replace(entry, **moved)
 
 
 def _holds(dtype: str, array: Array) -> bool:
