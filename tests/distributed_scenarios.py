@@ -3,17 +3,26 @@
 import copy
 import functools
 import inspect
-import tempfile
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
-from distributed_support import OPTIONS, STEPS, alone, assert_same, batch, communicates, full, model, train
+from distributed_checkpoints import checkpoint
+from distributed_support import (
+    OPTIONS,
+    STEPS,
+    Collectives,
+    alone,
+    assert_same,
+    batch,
+    communicates,
+    full,
+    model,
+    train,
+)
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves
 from torch_support import shared_numbers
 
 from ada2ms.torch import Ada2MS
@@ -171,14 +180,14 @@ def pipeline(rank: int, world: int) -> None:
         copy.deepcopy(optimizer)
 
 
-def zero_redundancy(rank: int, world: int) -> None:
+def zero_redundancy(rank: int, world: int, **options: Any) -> None:
     from torch.distributed.optim import ZeroRedundancyOptimizer
 
     net = nn.parallel.DistributedDataParallel(model())
     sharing: Any = functools.partial(Ada2MS, shard_group=dist.group.WORLD)
-    optimizer = ZeroRedundancyOptimizer(net.parameters(), optimizer_class=sharing, **OPTIONS)
+    optimizer = ZeroRedundancyOptimizer(net.parameters(), optimizer_class=sharing, **OPTIONS, **options)
     train(net, optimizer, range(STEPS), rank, world)
-    assert_same(list(net.module.parameters()), alone())
+    assert_same(list(net.module.parameters()), alone(**options))
     communicates(optimizer.step, 2, besides="broadcast")  # by which it hands the parameters round
 
 
@@ -188,6 +197,8 @@ def fsdp1(rank: int, world: int) -> None:
     net = FullyShardedDataParallel(model(), use_orig_params=True, device_id=torch.device("cpu"))
     with pytest.raises(ValueError, match="Invalid shard_group: None"):
         Ada2MS(net.parameters(), **OPTIONS)
+    with pytest.raises(ValueError, match="Invalid scope: 'tensor'"):
+        Ada2MS(net.parameters(), lr=0.1, shard_group=dist.group.WORLD, scope="tensor", max_norm=1.0)
     optimizer = Ada2MS(net.parameters(), **OPTIONS, shard_group=dist.group.WORLD)
     train(net, optimizer, range(STEPS), rank, world)
     with FullyShardedDataParallel.summon_full_params(net):
@@ -225,6 +236,11 @@ def flat_shards(rank: int, world: int) -> None:
     with pytest.raises(ValueError, match=r"Invalid params: 2 groups .* there must be one group"):
         optimizer.step()
 
+    optimizer = Ada2MS(params, lr=0.1, shard_group=group, scope="tensor", max_norm=1.0)
+    replace(optimizer)
+    with pytest.raises(ValueError, match="Invalid scope: 'tensor'"):
+        optimizer.step()
+
     optimizer = Ada2MS(params, **OPTIONS, shard_group=group)
     master = replace(optimizer)
     for step in range(STEPS):
@@ -241,85 +257,46 @@ def flat_shards(rank: int, world: int) -> None:
     communicates(optimizer.step, 2)
 
 
-def checkpoint(rank: int, world: int, flatten: bool, full_state: bool) -> None:
-    """Saved in mid-training and resumed by torch.distributed.checkpoint: difference 0."""
-    import torch.distributed.checkpoint as dcp
-    from torch.distributed.checkpoint import state_dict as sd
-    from torch.distributed.fsdp import fully_shard
+def norms(rank: int, world: int) -> None:
+    """`grad_norm`, before clipping, is the whole model's, whichever part a process has; by no collective of its own.
 
-    options = sd.StateDictOptions(
-        flatten_optimizer_state_dict=flatten, full_state_dict=full_state, broadcast_from_rank0=full_state
-    )
-    trained: list[Any] = []
-    kept: Any = None
-    folder = [tempfile.mkdtemp() if rank == 0 else None]
-    dist.broadcast_object_list(folder)
-    for resumed in (False, True):
-        net = model()
-        fully_shard(net)
-        optimizer = Ada2MS(net.parameters(), **OPTIONS)
-        if resumed and full_state:
-            sd.set_optimizer_state_dict(net, optimizer, optim_state_dict=kept[1], options=options)
-            sd.set_model_state_dict(net, kept[0], options=options)
-        elif resumed:
-            state: Any = dict(
-                zip(("model", "optimizer"), sd.get_state_dict(net, optimizer, options=options), strict=True)
-            )
-            dcp.load(state, checkpoint_id=folder[0])
-            sd.set_state_dict(
-                net, optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"], options=options
-            )
-        else:
-            train(net, optimizer, range(2), rank, world)
-            states = sd.get_state_dict(net, optimizer, options=options)
-            kept = copy.deepcopy(states)
-            if not full_state:
-                dcp.save({"model": states[0], "optimizer": states[1]}, checkpoint_id=folder[0])
-        assert shared_numbers(optimizer)["global_step"] == 2
-        train(net, optimizer, range(2, STEPS), rank, world)
-        trained.append(full(net))
-    assert_same(trained[1], [p.detach() for p in trained[0]], bound=0)
+    The gradients are those of one process, since every process has the whole batch.
+    """
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
+
+    whole_net, net, tensors = model(), model(), model(hidden=8)
+    each = 4 // world
+    mine = list(net.parameters())[rank * each : (rank + 1) * each]
+    parallelize_module(tensors, init_device_mesh("cpu", (world,)), {"0": ColwiseParallel(), "2": RowwiseParallel()})
+    for scope in ("model", "tensor"):
+        stage = Ada2MS(mine, lr=0.0, scope=scope, max_norm=1e-3, shard_group=dist.group.WORLD)
+        parallel = Ada2MS(tensors.parameters(), lr=0.0, scope=scope, max_norm=1e-3)
+        for network, optimizer, reference in ((net, stage, whole_net), (tensors, parallel, model(hidden=8))):
+            for some in (network, reference):
+                some.zero_grad()
+                some(batch(0)).square().mean().backward()
+            optimizer.step()
+            norm = torch.nn.utils.clip_grad_norm_(reference.parameters(), 1.0)
+            with Collectives() as mode:
+                assert optimizer.grad_norm is not None
+                torch.testing.assert_close(optimizer.grad_norm, norm, rtol=1e-13, atol=0)
+            assert mode.found == []
 
 
-def resharded(rank: int, world: int, folder: Path) -> None:
-    """What two processes saved, four load, train on and save, and one loads and trains on: each load without a loss."""
-    import torch.distributed.checkpoint as dcp
-    from torch.distributed.checkpoint import state_dict as sd
-    from torch.distributed.fsdp import fully_shard
+def clipping(scenario: Callable[[int, int], None]) -> Callable[[int, int], None]:
+    """A scenario with `max_norm`, in every optimizer of it and the one that it is compared with; so small that it clips
+    in every step. It makes as many collectives, of as many numbers, as without.
+    """
 
-    net = model()
-    if world > 1:
-        fully_shard(net)
-    optimizer = Ada2MS(net.parameters(), **OPTIONS)
+    def run(rank: int, world: int) -> None:
+        OPTIONS["max_norm"] = 1e-3
+        try:
+            scenario(rank, world)
+        finally:
+            del OPTIONS["max_norm"]
 
-    def everything() -> Any:
-        """Model and optimizer, gathered from all processes."""
-        return sd.get_state_dict(net, optimizer, options=sd.StateDictOptions(full_state_dict=True, cpu_offload=True))
-
-    turn = [2, 4, 1].index(world)
-    if turn > 0:
-        state: Any = dict(zip(("model", "optimizer"), sd.get_state_dict(net, optimizer), strict=True))
-        dcp.load(state, checkpoint_id=folder / str(turn - 1))
-        sd.set_state_dict(net, optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"])
-        found = everything()
-        if rank == 0:
-            saved = torch.load(folder / f"{turn - 1}.pt", weights_only=True)
-            assert len(saved[1]["state"]) == 4
-            for x, y in zip(tree_leaves(found), tree_leaves(saved), strict=True):
-                assert torch.equal(x, y) if isinstance(x, Tensor) else x == y
-    train(net, optimizer, range(turn, turn + 1), rank, world)
-    found = everything()
-    if world > 1:
-        dcp.save(
-            dict(zip(("model", "optimizer"), sd.get_state_dict(net, optimizer), strict=True)),
-            checkpoint_id=folder / str(turn),
-        )
-        if rank == 0:
-            torch.save(found, folder / f"{turn}.pt")
-    else:
-        whole_net = model()
-        train(whole_net, Ada2MS(whole_net.parameters(), **OPTIONS), range(3))
-        assert_same(full(net), [p.detach() for p in whole_net.parameters()])
+    return run
 
 
 SCENARIOS: dict[str, Callable[[int, int], None]] = {
@@ -335,18 +312,40 @@ SCENARIOS: dict[str, Callable[[int, int], None]] = {
     "ZeroRedundancyOptimizer": zero_redundancy,
     "FullyShardedDataParallel": fsdp1,
     "flat shards": flat_shards,
+    "norms": norms,
     "checkpoint": functools.partial(checkpoint, flatten=False, full_state=False),
     "checkpoint, flattened": functools.partial(checkpoint, flatten=True, full_state=False),
     "checkpoint, full, from rank 0": functools.partial(checkpoint, flatten=False, full_state=True),
 }
+SCENARIOS |= {
+    f"{name}, clipping": clipping(SCENARIOS[name])
+    for name in (
+        "ddp",
+        "fully_shard",
+        "fully_shard, scope tensor",
+        "hybrid shard",
+        "tensor parallel",
+        "tensor parallel and fully_shard",
+        "sharded, replicated and plain",
+        "pipeline",
+        "pipeline of torch",
+        "ZeroRedundancyOptimizer",
+        "FullyShardedDataParallel",
+        "flat shards",
+        "checkpoint, flattened",
+    )
+}
+SCENARIOS["ZeroRedundancyOptimizer, scope tensor, clipping"] = clipping(
+    functools.partial(zero_redundancy, scope="tensor")
+)
 RESHARDED = "checkpoint, of another number of processes"
-PLANES = ("hybrid shard", "tensor parallel and fully_shard")  # of two dimensions, each of two processes
+PLANES = tuple(
+    x for x in SCENARIOS if x.startswith(("hybrid shard", "tensor parallel and fully_shard"))
+)  # of two dimensions, each of two processes
 CASES = [(world, name) for world in (2, 4) for name in (*SCENARIOS, RESHARDED) if world == 4 or name not in PLANES]
 CASES.append((1, RESHARDED))
 FSDP2 = (
-    "fully_shard",
-    "fully_shard, scope tensor",
     *PLANES,
-    *(x for x in SCENARIOS if x.startswith("checkpoint")),
+    *(x for x in SCENARIOS if x.startswith(("fully_shard", "checkpoint"))),
     RESHARDED,
 )

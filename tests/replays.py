@@ -85,7 +85,7 @@ def torch_replay(**options: Any) -> Replay:
             groups.append(
                 {"params": [torch.tensor(p, **kind).requires_grad_() for p in given.params], "betas": betas, **hyper}
             )
-        optimizer = Ada2MS(groups, scope=case.scope, nonfinite=case.nonfinite, **options)
+        optimizer = Ada2MS(groups, scope=case.scope, nonfinite=case.nonfinite, max_norm=case.max_norm, **options)
         params = [p for group in optimizer.param_groups for p in group["params"]]
 
         def slot(name: str) -> list[Array]:  # made at a parameter's first update

@@ -201,15 +201,16 @@ def test_a_scope_that_is_changed(scope: Any, way: str, groups: int) -> None:
         torch.testing.assert_close(optimizer.state[p], reference.state[q], rtol=1e-12, atol=0)
 
 
-@pytest.mark.parametrize("name", ["scope", "nonfinite"])
+@pytest.mark.parametrize("name", ["scope", "nonfinite", "max_norm"])
 def test_groups_that_come_to_differ(name: str) -> None:
     """In what is the optimizer's: an error that says so, before anything changes."""
     params = parameters()
     optimizer = Ada2MS([{"params": [p]} for p in params])
     train(params, optimizer, range(2))
     before = copy.deepcopy((params, optimizer.state_dict()["state"]))
-    optimizer.param_groups[1][name] = {"scope": "tensor", "nonfinite": "skip"}[name]
-    with pytest.raises(ValueError, match=f"Invalid {name}: '.*' of group 1 \\(must be that of group 0"):
+    other = {"scope": "tensor", "nonfinite": "skip", "max_norm": 0.5}[name]
+    optimizer.param_groups[1][name] = other
+    with pytest.raises(ValueError, match=f"Invalid {name}: {other!r} of group 1 \\(must be that of group 0"):
         train(params, optimizer, range(2, 3))
     torch.testing.assert_close((params, optimizer.state_dict()["state"]), before, rtol=0, atol=0)
 

@@ -46,7 +46,8 @@ def train(compile_with: str | None, device: str, dtype: torch.dtype, **options: 
     state = [optimizer.state[p][key] for p in params for key in ("step", "exp_avg", "exp_avg_sq")]
     keys = ("global_exp_avg_sq", "global_step", "skipped")
     shared = [shared_numbers(optimizer, i)[key] for i in range(2) for key in keys]
-    return [*params, *state, *shared], torch._dynamo.utils.counters["stats"]["unique_graphs"]
+    norm = [] if options.get("max_norm") is None or optimizer.grad_norm is None else [optimizer.grad_norm]
+    return [*params, *state, *shared, *norm], torch._dynamo.utils.counters["stats"]["unique_graphs"]
 
 
 OPTIONS = [
@@ -56,6 +57,11 @@ OPTIONS = [
     {"adaptivity": core.Cosine(1, 0, 5), "capturable": True},
     {"adaptivity": core.Exponential(1, 0, 2.0), "scope": "tensor"},
     {"adaptivity": 0.5, "nonfinite": "skip"},
+    {"adaptivity": 0.3, "max_norm": 0.5, "nonfinite": "skip"},
+]
+OPTIONS_SLOW = [
+    {"adaptivity": 0.5, "max_norm": 0.5, "capturable": True},
+    {"adaptivity": 0.5, "max_norm": 0.5, "scope": "tensor"},
 ]
 
 
@@ -63,7 +69,8 @@ OPTIONS = [
 @pytest.mark.parametrize(
     ("options", "backend"),
     [(options, "eager") for options in OPTIONS]
-    + [pytest.param(options, "inductor", marks=pytest.mark.slow) for options in (OPTIONS[3], OPTIONS[5])],
+    + [pytest.param(options, "eager", marks=pytest.mark.slow) for options in OPTIONS_SLOW]
+    + [pytest.param(options, "inductor", marks=pytest.mark.slow) for options in (OPTIONS[3], *OPTIONS[5:])],
     ids=str,
 )
 def test_compiled_step(options: dict[str, Any], dtype: torch.dtype, backend: str, device: str) -> None:
@@ -73,6 +80,54 @@ def test_compiled_step(options: dict[str, Any], dtype: torch.dtype, backend: str
     compiled, graphs = train(backend, place("torch", device), dtype, **options)
     expected, none = train(None, place("torch", device), dtype, **options)
     assert (graphs, none) == (1, 0)
+    assert len(compiled) == len(expected) == 26 + ("max_norm" in options)
     for left, right in zip(compiled, expected, strict=True):
         if left.numel():
             assert (left - right).abs().max() <= 4 * STEPS * torch.finfo(dtype).eps * right.abs().max().clamp(min=1e-6)
+
+
+def test_without_max_norm_nothing_is_compiled_for_the_norm() -> None:
+    """The program has no result and no operation of clipping; with `max_norm` its result is the square of the norm."""
+    found: list[Any] = []
+
+    def kept(module: Any, _: Any) -> Any:
+        found.append(module.graph)
+        return module
+
+    for max_norm in (None, 1.0):
+        torch._dynamo.reset()
+        p = nn.Parameter(torch.ones(3))
+        p.grad = torch.ones(3)
+        optimizer = Ada2MS([p], max_norm=max_norm)
+        torch.compile(optimizer.step, backend=kept)()
+        assert (optimizer.grad_norm is None) == (max_norm is None)
+    results = [next(node for node in graph.nodes if node.op == "output").args[0] for graph in found]
+    assert [len(result) for result in results] == [0, 1]
+    plain, clipping = ([node.target for node in graph.nodes if node.op.startswith("call")] for graph in found)
+    assert "reciprocal" not in plain
+    assert len([target for target in clipping if target == "reciprocal"]) == 1
+    assert len(plain) < len(clipping)
+
+
+def test_forward_backward_and_step_in_one_function() -> None:
+    """Compiled together, with `max_norm`: the numbers of the same function that is not compiled."""
+    trained = []
+    for compiled in (False, True):
+        torch._dynamo.reset()
+        torch.manual_seed(0)
+        net = nn.Sequential(nn.Linear(5, 7), nn.Tanh(), nn.Linear(7, 3)).double()
+        optimizer = Ada2MS(net.parameters(), lr=torch.tensor(0.1, dtype=torch.float64), max_norm=0.1)
+
+        def whole(x: torch.Tensor, net: Any = net, optimizer: Any = optimizer) -> None:
+            optimizer.zero_grad()
+            net(x).square().mean().backward()
+            optimizer.step()
+
+        run = torch.compile(whole, backend="eager") if compiled else whole
+        norms = []
+        for _ in range(3):
+            run(torch.linspace(-1, 2, 20, dtype=torch.float64).reshape(4, 5))
+            norms.append(optimizer.grad_norm)
+        assert all(norm is not None and norm > 0.1 for norm in norms)
+        trained.append([*net.parameters(), *norms])
+    torch.testing.assert_close(*trained, rtol=1e-12, atol=1e-14)

@@ -12,7 +12,8 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
-from distributed_scenarios import CASES, FSDP2, RESHARDED, SCENARIOS, resharded
+from distributed_checkpoints import resharded
+from distributed_scenarios import CASES, FSDP2, RESHARDED, SCENARIOS
 
 pytestmark = [
     pytest.mark.slow,

@@ -145,7 +145,9 @@ def test_differentiable_through_a_model() -> None:
     assert torch.autograd.gradcheck(loss_after, torch.tensor(0.1, dtype=torch.float64, requires_grad=True))
 
 
-@pytest.mark.parametrize("options", [{}, {"foreach": True}, {"foreach": False, "scope": "tensor"}], ids=str)
+@pytest.mark.parametrize(
+    "options", [{}, {"foreach": True}, {"foreach": False, "scope": "tensor", "max_norm": 1.0}], ids=str
+)
 def test_on_the_meta_device_a_step_has_only_shapes(options: dict[str, Any]) -> None:
     """As AdamW's, where tools count memory so: the state is made, of the right shapes."""
     p = parameter("meta")
@@ -169,7 +171,9 @@ def test_fused_on_the_meta_device_is_the_error_of_torch() -> None:
     assert errors[0] == errors[1]
 
 
-@pytest.mark.parametrize("options", [{}, {"foreach": True}, {"fused": True}, {"nonfinite": "skip"}], ids=str)
+@pytest.mark.parametrize(
+    "options", [{}, {"foreach": True}, {"fused": True}, {"nonfinite": "skip"}, {"max_norm": 1.0}], ids=str
+)
 def test_fake_tensors(options: dict[str, Any]) -> None:
     """Which torch's tools train with to foresee memory and time: a step reads no value."""
     with FakeTensorMode():
@@ -212,6 +216,10 @@ class Waits(TorchDispatchMode):
         ({"capturable": True}, core.Linear(1, 0, 5)),
         ({"lr": 0.1}, 0.3),
         ({"amp": True}, 0.3),
+        ({"max_norm": 1.0}, 0.3),
+        ({"max_norm": 1.0, "nonfinite": "skip"}, 0.0),
+        ({"max_norm": 1.0, "capturable": True}, core.Linear(1, 0, 5)),
+        ({"max_norm": 1.0, "amp": True}, 0.3),
     ],
     ids=str,
 )
@@ -236,12 +244,21 @@ def test_a_step_waits_for_no_device(options: dict[str, Any], adaptivity: Any, fo
         optimizer.step()
         with Waits() as waits:
             optimizer.step()
+            assert optimizer.grad_norm.device.type == "cuda"
     assert waits.operations > 5
     assert waits.found == []
 
 
 @pytest.mark.parametrize("scope", ["model", "tensor"])
-@pytest.mark.parametrize("options", [{"capturable": True}, {"capturable": True, "adaptivity": core.Linear(1, 0, 5)}])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"capturable": True},
+        {"capturable": True, "adaptivity": core.Linear(1, 0, 5)},
+        {"capturable": True, "max_norm": 1.0},
+    ],
+    ids=str,
+)
 def test_counts_on_the_device_cost_no_operation_for_each_tensor(options: dict[str, Any], scope: Any) -> None:
     counts = []
     for tensors in (3, 30):

@@ -265,7 +265,7 @@ def test_a_state_dict_of_this_scope_is_not_converted(treat: Any, scope: Any) -> 
     assert [shared(optimizer, x) for x in (p, q)] == before
 
 
-@pytest.mark.parametrize("options", [{"nonfinite": "skip"}, {"scope": "tensor"}], ids=str)
+@pytest.mark.parametrize("options", [{"nonfinite": "skip"}, {"scope": "tensor"}, {"max_norm": 0.5}], ids=str)
 @pytest.mark.parametrize("say", [False, True])
 def test_a_group_is_added_to_what_was_loaded(options: Any, say: bool) -> None:
     p = parameter(3)
@@ -277,10 +277,14 @@ def test_a_group_is_added_to_what_was_loaded(options: Any, say: bool) -> None:
     train(optimizer, range(3, 5))
     assert shared(optimizer, p)[1] == 5
     with pytest.raises(ValueError, match="must be the optimizer's"):
-        optimizer.add_param_group({"params": [parameter(5)], "scope": "model", "nonfinite": "propagate"})
+        optimizer.add_param_group(
+            {"params": [parameter(5)], "scope": "model", "nonfinite": "propagate", "max_norm": None}
+        )
 
 
-@pytest.mark.parametrize("bad", [{"scope": "tensor"}, {"nonfinite": "skip"}, {"adaptivity": 2.0}], ids=str)
+@pytest.mark.parametrize(
+    "bad", [{"scope": "tensor"}, {"nonfinite": "skip"}, {"max_norm": 0.5}, {"adaptivity": 2.0}], ids=str
+)
 def test_a_state_dict_that_is_refused_changes_nothing(bad: dict[str, Any]) -> None:
     _, _, optimizer = pair()
     train(optimizer, range(2))

@@ -10,6 +10,7 @@ from torch import Tensor
 from ada2ms.core.hyperparameters import check
 from ada2ms.torch.numbers import number
 from ada2ms.torch.reduce import numel
+from ada2ms.torch.shared import CHOICES, choice
 
 
 class Given:
@@ -39,9 +40,16 @@ class Given:
         )
 
 
-def check_fsdp(params: Sequence[Tensor], shard_group: Any) -> None:
-    """Raises for shards of FullyShardedDataParallel without their process group."""
-    if shard_group is None and any(getattr(p, "_fsdp_flattened", False) for p in params):
+def check_fsdp(params: Sequence[Tensor], shard_group: Any, scope: str) -> None:
+    """Raises for shards of FullyShardedDataParallel without their process group, or with scope "tensor"."""
+    if not any(getattr(p, "_fsdp_flattened", False) for p in params):
+        return
+    if scope == "tensor":
+        raise ValueError(
+            "Invalid scope: 'tensor' (the parameters are shards of FullyShardedDataParallel, which may be parts of a "
+            "tensor: scope must be 'model'; or use torch.distributed.fsdp.fully_shard)"
+        )
+    if shard_group is None:
         raise ValueError(
             "Invalid shard_group: None (the parameters are shards of FullyShardedDataParallel, which do not know "
             "of each other: shard_group must be its process group; or use torch.distributed.fsdp.fully_shard)"
@@ -55,7 +63,8 @@ def whole_size(groups: Sequence[dict[str, Any]], given: Given, shard_group: Any)
         The number of entries of the whole model, if the groups' tensors are flat shards of it, which may be padded.
     """
     params = [p for group in groups for p in group["params"]]
-    check_fsdp(params, shard_group)
+    scope = groups[0]["scope"] if groups else "model"
+    check_fsdp(params, shard_group, scope)
     flat = params and all(type(p) is Tensor and p.ndim == 1 and p not in given for p in params)
     if not (flat and given.sizes and dist.is_available() and dist.is_initialized()):
         return None
@@ -67,6 +76,11 @@ def whole_size(groups: Sequence[dict[str, Any]], given: Given, shard_group: Any)
             "Invalid shard_group: None (the parameters were replaced by flat shards, as by DeepSpeed's ZeRO, which "
             "do not know of each other: shard_group must be their process group; or use "
             "torch.distributed.fsdp.fully_shard)"
+        )
+    if scope == "tensor" and world > 1:
+        raise ValueError(
+            "Invalid scope: 'tensor' (the parameters were replaced by flat shards, as by DeepSpeed's ZeRO, which are "
+            "not the model's tensors: scope must be 'model'; or use torch.distributed.fsdp.fully_shard)"
         )
     if len(given.sizes) > 1:
         raise ValueError(
@@ -101,10 +115,11 @@ def check_group(options: dict[str, Any], optimizer: dict[str, Any]) -> None:
         ("b2", "betas[1]", betas[1]),
         ("weight_decay", "weight_decay", options["weight_decay"]),
         ("adaptivity", "adaptivity", options["adaptivity"]),
-        ("scope", "scope", options["scope"]),
-        ("nonfinite", "nonfinite", options["nonfinite"]),
+        *[(name, name, choice(options, name)) for name in CHOICES],
     ):
         check(field, number(value), argument, schedule=None if field == "adaptivity" else False)
-    for name in ("scope", "nonfinite"):
-        if options[name] != optimizer[name]:
-            raise ValueError(f"Invalid {name}: {options[name]!r} (must be the optimizer's, {optimizer[name]!r})")
+    for name in CHOICES:
+        if choice(options, name) != choice(optimizer, name):
+            raise ValueError(
+                f"Invalid {name}: {choice(options, name)!r} (must be the optimizer's, {choice(optimizer, name)!r})"
+            )

@@ -32,6 +32,11 @@ def counts_on_device(group: dict[str, Any], device: torch.device) -> bool:
     return bool(group["capturable"] or group["fused"]) or (group["nonfinite"] == "skip" and device.type != "cpu")
 
 
+def known_to_host(group: dict[str, Any], tensor: Tensor) -> bool:
+    """Whether Python may read this scalar without waiting for a device; torch's FakeTensor it may not."""
+    return tensor.is_cpu and type(tensor) is Tensor and not group["capturable"] and not torch.compiler.is_compiling()
+
+
 def number(value: Any) -> Any:
     """A Python number for a tensor of one element; else the value."""
     return value.detach().item() if isinstance(value, Tensor) and value.numel() == 1 else value

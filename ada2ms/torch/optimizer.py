@@ -13,13 +13,21 @@ from torch.optim.optimizer import (
     _use_grad_for_differentiable,
 )
 
-from ada2ms.core.hyperparameters import DEFAULT_NONFINITE, DEFAULT_SCOPE, DEFAULTS, Nonfinite, Scope
+from ada2ms.core.hyperparameters import (
+    DEFAULT_MAX_NORM,
+    DEFAULT_NONFINITE,
+    DEFAULT_SCOPE,
+    DEFAULTS,
+    Nonfinite,
+    Scope,
+    as_float,
+)
 from ada2ms.core.schedules import AdaptivitySchedule
 from ada2ms.torch import shared
 from ada2ms.torch.checks import Given, check_fsdp, check_group, whole_size
 from ada2ms.torch.loading import restore, translate
 from ada2ms.torch.numbers import COMPUTE_DTYPES
-from ada2ms.torch.shared import SHARED, K, S, Tied
+from ada2ms.torch.shared import CHOICES, SHARED, K, S, Tied
 from ada2ms.torch.step import Division, ParamLists, Scaling, step_model
 from ada2ms.torch.tying import tie
 
@@ -57,6 +65,11 @@ class Ada2MS(Optimizer):
             number, and a 0-d tensor with `capturable` or under torch.compile.
         scope: "model": one global second moment for the whole model, across groups; "tensor": one per tensor.
         nonfinite: "propagate", or "skip" a step in which a gradient is not finite: it changes nothing but `skipped`.
+        max_norm: gradients whose norm, over the whole model and before the step, is larger are scaled down to it, as by
+            `torch.nn.utils.clip_grad_norm_` but for the 1e-6 that this adds to the norm; None: they are not. It takes
+            no pass over the gradients, which stay as they are, and no communication: the step has their norm anyway,
+            which is then in `grad_norm`. Infinity scales nothing. Groups, and state dicts, have it while it is not
+            None.
         maximize, foreach, capturable, differentiable: as in torch.optim.AdamW.
         fused: as in torch.optim.AdamW, GradScaler included: one pass over the data after the sum, in C++ on CPUs and in
             Triton on CUDA. The C++ is compiled on first use (some ten seconds, once for each version and kind of
@@ -64,10 +77,11 @@ class Ada2MS(Optimizer):
             torch.compile, whose compiler fuses it, the default implementation is what is compiled.
         shard_group: the process group among whose members the model's parameters are divided, every parameter, or every
             part of one, on a single member: ZeroRedundancyOptimizer, pipeline stages, FullyShardedDataParallel (with
-            `use_orig_params=True`). The mean of g*g is then over all members, by one all-reduce of two numbers a step,
-            which every member must take part in. ZeroRedundancyOptimizer, which puts keywords into its state dict, is
-            given `functools.partial(Ada2MS, shard_group=...)`. DistributedDataParallel needs none, and neither do
-            DTensors (`fully_shard`, tensor parallelism), which know how they are divided.
+            `use_orig_params=True`). The mean of g*g, and the norm, are then over all members, by one all-reduce of two
+            numbers a step, which every member must take part in. (With scope "tensor" the norm alone is, for `max_norm`
+            or "skip", and every parameter must be whole.) ZeroRedundancyOptimizer, which puts keywords into its state
+            dict, is given `functools.partial(Ada2MS, shard_group=...)`. DistributedDataParallel needs none, and neither
+            do DTensors (`fully_shard`, tensor parallelism), which know how they are divided.
 
     Raises:
         TypeError, ValueError: naming the argument, its value and what is allowed.
@@ -94,6 +108,7 @@ class Ada2MS(Optimizer):
         adaptivity: float | Tensor | Callable[[Any], Any] = DEFAULTS.adaptivity,
         scope: Scope = DEFAULT_SCOPE,
         nonfinite: Nonfinite = DEFAULT_NONFINITE,
+        max_norm: float | None = DEFAULT_MAX_NORM,
         maximize: bool = False,
         foreach: bool | None = None,
         capturable: bool = False,
@@ -109,19 +124,23 @@ class Ada2MS(Optimizer):
             "adaptivity": adaptivity,
             "scope": scope,
             "nonfinite": nonfinite,
+            "max_norm": max_norm,
             "maximize": maximize,
             "foreach": foreach,
             "capturable": capturable,
             "differentiable": differentiable,
             "fused": fused,
         }
-        if shard_group is not None and scope == "tensor":
+        if shard_group is not None and scope == "tensor" and max_norm is None and nonfinite == "propagate":
             raise ValueError("Invalid shard_group: with scope 'tensor' no number is shared (shard_group must be None)")
         self._tied: Tied | None = None
         self._given = Given()
         self._whole_size: int | None = None  # entries of the model, where the shards themselves do not say
         self._shard_group = shard_group  # not in defaults: it can neither be copied nor saved
+        # What the last step leaves; torch.compile (of torch 2.13) loses attributes that a step sets, but no items.
+        self._last: dict[str, Tensor | None] = {"square_sum": None}
         check_group(defaults, defaults)
+        defaults["max_norm"] = None if max_norm is None else as_float(max_norm)
         super().__init__(params, defaults)
         if fused:
             self._step_supports_amp_scaling = True  # GradScaler then leaves the scaling to step
@@ -131,13 +150,14 @@ class Ada2MS(Optimizer):
         if isinstance(param_group, dict):  # the caller's own dict stays as it is
             param_group = {key: value for key, value in param_group.items() if key not in SHARED}
             optimizer = self.param_groups[0] if self.param_groups else self.defaults
-            ours = {name: optimizer[name] for name in ("scope", "nonfinite")}  # which may have been loaded, or changed
+            ours = {name: shared.choice(optimizer, name) for name in CHOICES}  # which may have been loaded, or changed
             param_group = {**ours, **param_group}
             check_group({**self.defaults, **param_group}, ours)
         super().add_param_group(param_group)
+        shared.leave_out_defaults(self.param_groups[-1])
         params = self.param_groups[-1]["params"]
         try:
-            check_fsdp(params, self._shard_group)
+            check_fsdp(params, self._shard_group, self.param_groups[-1]["scope"])
         except ValueError:
             self.param_groups.pop()
             raise
@@ -279,8 +299,22 @@ class Ada2MS(Optimizer):
             groups.append(lists)
             start = end
         scaling = Scaling(getattr(self, "grad_scale", None), getattr(self, "found_inf", None))
-        step_model(groups, averages, counts[-1], scaling, Division(self._shard_group, self._whole_size))
+        division = Division(self._shard_group, self._whole_size)
+        square_sum = step_model(groups, averages, counts[-1], scaling, division)
+        if square_sum is not None:
+            self._last["square_sum"] = square_sum
         return loss
+
+    @property
+    def grad_norm(self) -> Tensor | None:
+        """The norm of the gradients of the last step that had any, over the whole model, unscaled, before `max_norm`.
+
+        A 0-d tensor on the device of the first of them; nothing waits for it. It is taken of what the step has computed
+        anyway, with `max_norm` or without, and is infinite or NaN where a step was skipped. None before the first step,
+        in copies and pickles until their first step, and where torch.compile compiles a step without `max_norm`.
+        """
+        square_sum = self._last["square_sum"]
+        return None if square_sum is None else square_sum.sum().sqrt()
 
     def _health_check(self) -> None:
         name = "_accelerator_graph_capture_health_check"  # torch's check for CUDA graphs, before 2.9 under another name
@@ -290,6 +324,7 @@ class Ada2MS(Optimizer):
         """As in torch; a schedule from `ada2ms.core` becomes plain data, and any other callable None."""
         state_dict = super().state_dict()
         for group in state_dict["param_groups"]:
+            shared.leave_out_defaults(group)
             adaptivity = group.get("adaptivity")
             if callable(adaptivity):
                 group["adaptivity"] = adaptivity.to_dict() if isinstance(adaptivity, AdaptivitySchedule) else None
@@ -314,6 +349,7 @@ class Ada2MS(Optimizer):
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         self.__dict__.setdefault("_shard_group", None)
+        self.__dict__.setdefault("_last", {"square_sum": None})
         self.__dict__.setdefault("_whole_size", None)
         self.__dict__.setdefault("_given", Given())
         restore(self.param_groups, self.state)

@@ -14,10 +14,15 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import _device_dtype_check_for_fused
 
-from ada2ms.core.hyperparameters import check
+from ada2ms.core.hyperparameters import DEFAULT_MAX_NORM, DEFAULT_NONFINITE, DEFAULT_SCOPE, check
 from ada2ms.torch.numbers import compute_dtype, count_dtype, counts_on_device
 
 S, K, SKIPPED = SHARED = ("global_exp_avg_sq", "global_step", "skipped")
+# What is the whole optimizer's, in each of its groups, and what a group has that does not say.
+CHOICES = {"scope": DEFAULT_SCOPE, "nonfinite": DEFAULT_NONFINITE, "max_norm": DEFAULT_MAX_NORM}
+# Of these, what is in groups only while it is not the default: checkpoints of versions without it then have the same
+# keys, which torch.distributed.checkpoint insists on.
+OPTIONAL = ("max_norm",)
 State = dict[str, Any]
 Pair = tuple[Tensor | None, Tensor]
 Groups = Sequence[dict[str, Any]]
@@ -57,8 +62,7 @@ def signature(group: dict[str, Any]) -> tuple[Any, ...]:
         b2 = b2.item() if type(b2) is Tensor and b2.is_cpu else (b2, None if b2.is_inference() else b2._version)
     return (
         b2,
-        group["scope"],
-        group["nonfinite"],
+        *[group.get(name, default) for name, default in CHOICES.items()],
         group["capturable"],
         group["fused"],
         params[0].device if params else None,
@@ -81,14 +85,26 @@ def make_moments(p: Tensor, state: State, group: dict[str, Any]) -> None:
 
 def check_alike(groups: Groups) -> None:
     """Raises ValueError unless what is the optimizer's is one for all groups."""
-    for name in ("scope", "nonfinite"):
+    for name in CHOICES:
         for i, group in enumerate(groups):
-            check(name, group[name])
-            if group[name] != groups[0][name]:
+            check(name, choice(group, name))
+            if choice(group, name) != choice(groups[0], name):
                 raise ValueError(
-                    f"Invalid {name}: {group[name]!r} of group {i} (must be that of group 0, {groups[0][name]!r}: "
-                    "it is the optimizer's)"
+                    f"Invalid {name}: {choice(group, name)!r} of group {i} (must be that of group 0, "
+                    f"{choice(groups[0], name)!r}: it is the optimizer's)"
                 )
+
+
+def choice(group: dict[str, Any], name: str) -> Any:
+    """What a group has of one of `CHOICES`."""
+    return group.get(name, CHOICES[name])
+
+
+def leave_out_defaults(group: dict[str, Any]) -> None:
+    """Removes from a group what is in it only while it is not the default."""
+    for name in OPTIONAL:
+        if name in group and group[name] == CHOICES[name]:
+            del group[name]
 
 
 def home(group: dict[str, Any], p: Tensor | None = None, *, of_counts: bool = False) -> torch.device:

@@ -18,9 +18,11 @@ import torch
 from torch import Tensor
 
 from ada2ms.core.hyperparameters import check, value_at
+from ada2ms.torch.clip import clip_factor, square_sum
 from ada2ms.torch.coefficients import bias_correction, coefficients
 from ada2ms.torch.kernels import Options, Scalar, at, group_indices
 from ada2ms.torch.kernels.choose import Kernel, choose, is_single
+from ada2ms.torch.numbers import known_to_host
 from ada2ms.torch.reduce import (
     all_reduced_sum,
     all_reduced_sum_over,
@@ -30,6 +32,7 @@ from ada2ms.torch.reduce import (
     squares,
     writable,
 )
+from ada2ms.torch.shared import choice
 
 
 @dataclass
@@ -69,7 +72,7 @@ class Division:
 
 def step_model(
     groups: Sequence[ParamLists], averages: Sequence[Tensor], skipped: Tensor, scaling: Scaling, division: Division
-) -> None:
+) -> Tensor | None:
     """One step of the whole model, in place.
 
     Args:
@@ -78,29 +81,36 @@ def step_model(
         skipped: the number of skipped steps.
         scaling: of the gradients.
         division: of the model among processes.
+
+    Returns:
+        The sum of g*g over the model, or sums that add up to it; None if there is none.
     """
     if division.group is None and not any(lists.params for lists in groups):
-        return
+        return None
     inv_scale = None if scaling.grad_scale is None else scaling.grad_scale.reshape(()).double().reciprocal()
     for lists in groups:
         prepare(lists, inv_scale)
-    sums = sums_of_squares(groups, inv_scale, averages[0].dtype)
+    like = averages[0] if averages else skipped  # none where another process has all parameters
+    sums = sums_of_squares(groups, inv_scale, like.dtype)
     if sums.is_meta:  # shapes without values
-        return
-    sums, size, any_gradient = reduce_sums(groups, sums, averages[0], division)
-    step_is_live = gate(groups[0].group, sums, scaling.found_inf, any_gradient, skipped)
+        return None
+    sums, total, size, any_gradient = reduce_sums(groups, sums, like, division)
+    step_is_live = gate(groups[0].group, total, scaling.found_inf, any_gradient, skipped)
+    found = square_sum(groups[0].group, total)
     if step_is_live is False:
-        return
+        return found
     if isinstance(step_is_live, Tensor):
-        sums = mask(groups, sums, step_is_live)
-    means = mean_squares(groups, sums, size)
+        sums, total = mask(groups, sums, step_is_live), torch.where(step_is_live, total, 0.0)
+    clip = clip_factor([lists.group for lists in groups], total, step_is_live)
+    means = mean_squares(groups, sums, clip, size)
     numbers = [hyperparameters(lists, step_is_live, sums.dtype) for lists in groups]  # of all, before anything changes
     s_hats: dict[int, Scalar] = {}
     for lists, some, hyper in zip(groups, means, numbers, strict=True):
         count(lists, step_is_live)
         of_lists = global_moments(lists, some, hyper, s_hats)
         if lists.params:
-            update(lists, hyper, of_lists, inv_scale, step_is_live)
+            update(lists, hyper, of_lists, grad_factor(lists.kernel, inv_scale, clip), step_is_live)
+    return found
 
 
 def prepare(lists: ParamLists, inv_scale: Tensor | None) -> None:
@@ -134,16 +144,18 @@ def sums_of_squares(groups: Sequence[ParamLists], inv_scale: Tensor | None, dtyp
 
 def reduce_sums(
     groups: Sequence[ParamLists], sums: Tensor, like: Tensor, division: Division
-) -> tuple[Tensor, int | Tensor, Tensor | None]:
-    """The sum over the model, or of each whole tensor; the number of the model's entries; whether any has a gradient,
-    if another process may know.
+) -> tuple[Tensor, Tensor, int | Tensor, Tensor | None]:
+    """The sum over the model, or of each whole tensor; the sum over the model, or what adds up to it where no step
+    needs it; the number of the model's entries; whether any has a gradient, if another process may know.
     """
-    params = [p for lists in groups for p in lists.params]
+    group, params = groups[0].group, [p for lists in groups for p in lists.params]
+    each = group["scope"] == "tensor"
     if division.group is None:
-        sums = all_reduced_sum(sums, params, each=groups[0].group["scope"] == "tensor")
-        return sums, division.whole_size or max(sum(_sizes(groups)), 1), None
+        sums = all_reduced_sum(sums, params, each=each)
+        needed = each and (group["nonfinite"] == "skip" or choice(group, "max_norm") is not None)
+        return sums, sums.sum() if needed else sums, division.whole_size or max(sum(_sizes(groups)), 1), None
     total, size = all_reduced_sum_over(division.group, sums, params, like)
-    return total, division.whole_size or size.clamp(min=1), size > 0
+    return sums if each else total, total, division.whole_size or size.clamp(min=1), size > 0
 
 
 def _sizes(groups: Sequence[ParamLists]) -> list[int]:
@@ -153,19 +165,19 @@ def _sizes(groups: Sequence[ParamLists]) -> list[int]:
 
 
 def gate(
-    group: dict[str, Any], sums: Tensor, found_inf: Tensor | None, any_gradient: Tensor | None, skipped: Tensor
+    group: dict[str, Any], total: Tensor, found_inf: Tensor | None, any_gradient: Tensor | None, skipped: Tensor
 ) -> bool | Tensor:
     """Whether the step counts; a 0-d tensor where the host does not know. Counts what `nonfinite="skip"` skips."""
     conditions = [] if any_gradient is None else [any_gradient]
     if found_inf is not None:
-        conditions.append(found_inf.to(sums.device).squeeze() == 0)
+        conditions.append(found_inf.to(total.device).squeeze() == 0)
     if group["nonfinite"] == "skip":
-        conditions.append(sums.sum().isfinite())
+        conditions.append(total.isfinite())
         writable(skipped).add_(conditions[-1].logical_not())
     if not conditions:
         return True
     step_is_live = reduce(and_, conditions)
-    return bool(step_is_live) if _on_host(group, sums) else step_is_live
+    return bool(step_is_live) if known_to_host(group, total) else step_is_live
 
 
 def mask(groups: Sequence[ParamLists], sums: Tensor, step_is_live: Tensor) -> Tensor:
@@ -176,8 +188,19 @@ def mask(groups: Sequence[ParamLists], sums: Tensor, step_is_live: Tensor) -> Te
     return torch.where(step_is_live, sums, 0.0)
 
 
-def mean_squares(groups: Sequence[ParamLists], sums: Tensor, size: int | Tensor) -> list[list[Tensor]]:
-    """For each group mean(g*g) of the model, or of each of its tensors."""
+def grad_factor(kernel: Kernel, inv_scale: Tensor | None, clip: Scalar | None) -> Scalar:
+    """What a kernel is to multiply gradients by: `clip`, and `inv_scale` if it is for the kernel to unscale them."""
+    if inv_scale is None or not kernel.scales:
+        return 1.0 if clip is None else clip
+    return inv_scale if clip is None else inv_scale * (clip.to(inv_scale) if isinstance(clip, Tensor) else clip)
+
+
+def mean_squares(
+    groups: Sequence[ParamLists], sums: Tensor, clip: Scalar | None, size: int | Tensor
+) -> list[list[Tensor]]:
+    """For each group mean(g*g), after clipping, of the model or of each of its tensors."""
+    if isinstance(clip, Tensor) or (clip is not None and clip != 1):
+        sums = clip * sums * clip  # in this order, since the square of `clip` may be too small for float32
     if groups[0].group["scope"] == "model":
         mean = sums / size
         return [[mean] for _ in groups]
@@ -206,7 +229,7 @@ def hyperparameters(lists: ParamLists, step_is_live: bool | Tensor, dtype: torch
         TypeError, ValueError: the adaptivity is a number, and none that is allowed.
     """
     group, k = lists.group, lists.k
-    on_host = step_is_live is True and _on_host(group, k)
+    on_host = step_is_live is True and known_to_host(group, k)
     known = on_host and not group["differentiable"]
     lr, weight_decay, beta1, beta2 = (_scalar(x, known) for x in (group["lr"], group["weight_decay"], *group["betas"]))
     completed = int(k.item()) if on_host else k.to(dtype)
@@ -218,11 +241,6 @@ def hyperparameters(lists: ParamLists, step_is_live: bool | Tensor, dtype: torch
         weight = step_is_live.to(dtype)
         lr, weight1, weight2 = lr * weight, weight1 * weight, weight2 * weight
     return Hyper(on_host, lr, weight_decay, beta1, beta2, weight1, weight2, adaptivity)
-
-
-def _on_host(group: dict[str, Any], tensor: Tensor) -> bool:
-    """Whether Python may read this scalar without waiting for a device; torch's FakeTensor it may not."""
-    return tensor.is_cpu and type(tensor) is Tensor and not group["capturable"] and not torch.compiler.is_compiling()
 
 
 def _scalar(value: Any, known: bool) -> Any:
@@ -286,7 +304,7 @@ def update(
     lists: ParamLists,
     hyper: Hyper,
     s_hats: Sequence[Scalar],
-    inv_scale: Tensor | None,
+    factor: Scalar,
     step_is_live: bool | Tensor,
 ) -> None:
     """Coefficients and kernel for the tensors of a group, those of one device and dtype together."""
@@ -301,7 +319,7 @@ def update(
         hyper.adaptivity,
         group["maximize"],
         group["differentiable"],
-        inv_scale if inv_scale is not None and kernel.scales else 1.0,
+        factor,
         step_is_live if isinstance(step_is_live, Tensor) and kernel.scales else None,
     )
     counts: Sequence[Scalar] = lists.steps

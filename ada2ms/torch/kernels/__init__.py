@@ -26,7 +26,8 @@ class Options(NamedTuple):
         adaptivity: in this step.
         maximize: whether gradients are to be negated.
         differentiable: whether autograd follows the step.
-        inv_scale: what gradients are still to be multiplied by; 1 for kernels that cannot.
+        inv_scale: what gradients are still to be multiplied by: what clips them and, for a kernel that unscales them by
+            itself, the inverse of their scale.
         step_is_live: for the kernels that need no masked gradients: whether the step counts, if the host does not know.
     """
 
@@ -60,6 +61,22 @@ def at(value: Any, indices: Sequence[int]) -> Any:
 def like(weight: Scalar, tensor: Tensor) -> Scalar:
     """A weight beside the tensor that it is for, in its dtype."""
     return weight.to(tensor.device, tensor.dtype) if isinstance(weight, Tensor) else weight
+
+
+def weights(options: Options, dtype: torch.dtype) -> tuple[Scalar, Scalar, Scalar | None]:
+    """The weights of g and of g*g in moments of this dtype, and what g is still to be multiplied by, if anything.
+
+    A factor that the host knows joins the weights, so that no gradient is written anew.
+    """
+    factor, weight1, weight2 = options.inv_scale, options.weight1, options.weight2
+    if isinstance(factor, Tensor) or isinstance(weight1, Tensor) or isinstance(weight2, Tensor):
+        return weight1, weight2, factor if isinstance(factor, Tensor) or factor != 1 else None
+    if factor == 1:
+        return weight1, weight2, None
+    joined = weight2 * factor * factor
+    if joined >= smallest_normal(dtype):  # which `dtype` holds with all its digits
+        return weight1 * factor, joined, None
+    return weight1, weight2, factor
 
 
 def group_indices(keys: Sequence[Any]) -> list[list[int]]:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ada2ms.core.coefficients import Coefficients, PowerKind, denom_can_be_zero, power_kind
-from ada2ms.torch.kernels import Options, Scalar, at, group_indices, of_each, smallest_normal
+from ada2ms.torch.kernels import Options, Scalar, at, group_indices, like, of_each, smallest_normal, weights
 
 
 def update(
@@ -38,7 +38,7 @@ def _update(
     dtype = m[0].dtype
     theta = p if p[0].dtype == dtype else [x.to(dtype) for x in p]
     g = [x if x.dtype == dtype else x.to(dtype) for x in g]
-    _update_moments(list(torch._foreach_neg(g)) if options.maximize else g, m, v, options)
+    _update_moments(g, m, v, options)
     del g
     d = None if coefficients.denom_scale is None else _denominators(v, coefficients, options.adaptivity)
     if options.decay_factor is not None:
@@ -50,15 +50,23 @@ def _update(
 
 def _update_moments(g: list[Tensor], m: list[Tensor], v: list[Tensor], options: Options) -> None:
     # m <- b1*m + (1-b1)*g,   v <- b2*v + (1-b2)*g*g
-    if isinstance(options.weight1, Tensor):
-        _average(m, g, options.weight1)
+    weight1, weight2, factor = weights(options, m[0].dtype)
+    if factor is not None:
+        g = list(torch._foreach_mul(g, like(-factor if options.maximize else factor, g[0])))
+    elif options.maximize:
+        g = list(torch._foreach_neg(g))
+    if isinstance(weight1, Tensor):
+        _average(m, g, weight1)
+    elif weight1 == options.weight1:
+        torch._foreach_lerp_(m, g, weight1)
     else:
-        torch._foreach_lerp_(m, g, options.weight1)
-    if isinstance(options.weight2, Tensor):
-        _average(v, list(torch._foreach_mul(g, g)), options.weight2)
+        torch._foreach_mul_(m, options.beta1)
+        torch._foreach_add_(m, g, alpha=weight1)
+    if isinstance(weight2, Tensor):
+        _average(v, list(torch._foreach_mul(g, g)), weight2)
     else:
         torch._foreach_mul_(v, options.beta2)
-        torch._foreach_addcmul_(v, g, g, options.weight2)
+        torch._foreach_addcmul_(v, g, g, weight2)
 
 
 def _average(averages: list[Tensor], values: list[Tensor], weight: Tensor) -> None:

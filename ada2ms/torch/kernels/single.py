@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from ada2ms.core.coefficients import Coefficients, PowerKind, denom_can_be_zero, power_kind
-from ada2ms.torch.kernels import Options, Scalar, like, of_each, smallest_normal
+from ada2ms.torch.kernels import Options, Scalar, like, of_each, smallest_normal, weights
 
 
 def update(
@@ -19,7 +19,7 @@ def update(
     options: Options,
 ) -> None:
     """See `ada2ms.torch.kernels`; the only implementation that autograd can follow."""
-    n, beta2, weight2, decay_factor = len(params), options.beta2, options.weight2, options.decay_factor
+    n, decay_factor = len(params), options.decay_factor
     differentiable, exponent = options.differentiable, options.adaptivity / 2
     kind = power_kind(exponent)
     each = zip(*(of_each(x, n) for x in coefficients), strict=True)
@@ -27,15 +27,7 @@ def update(
         dtype = m.dtype
         theta = p if p.dtype == dtype else p.to(dtype)
         g = g if g.dtype == dtype else g.to(dtype)
-        if options.maximize:
-            g = -g
-
-        # m <- b1*m + (1-b1)*g,   v <- b2*v + (1-b2)*g*g
-        m.lerp_(g, like(options.weight1, m))
-        if isinstance(weight2, Tensor):
-            v.lerp_(g.square(), like(weight2, v))
-        else:
-            v.mul_(beta2).addcmul_(g, g, value=weight2)
+        _update_moments(g, m, v, options)
 
         d = None
         if denom_scale is not None:
@@ -57,6 +49,23 @@ def update(
         theta = _subtract(theta, m, d, step_size)
         if p.dtype != dtype:
             p.copy_(theta)
+
+
+def _update_moments(g: Tensor, m: Tensor, v: Tensor, options: Options) -> None:
+    # m <- b1*m + (1-b1)*g,   v <- b2*v + (1-b2)*g*g
+    weight1, weight2, factor = weights(options, m.dtype)
+    if factor is not None:
+        g = g * like(factor, g)
+    if options.maximize:
+        g = -g
+    if isinstance(weight1, Tensor) or weight1 == options.weight1:
+        m.lerp_(g, like(weight1, m))
+    else:
+        m.mul_(options.beta1).add_(g, alpha=weight1)
+    if isinstance(weight2, Tensor):
+        v.lerp_(g.square(), like(weight2, v))
+    else:
+        v.mul_(options.beta2).addcmul_(g, g, value=weight2)
 
 
 def _denom_power(v: Tensor, exponent: Scalar, kind: PowerKind, differentiable: bool) -> Tensor:
