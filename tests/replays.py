@@ -13,8 +13,10 @@ from support import (
     Array,
     Snapshot,
     can_replay,
-    has_one_group,
+    dtypes,
+    factors,
     hyperparameters,
+    named_groups,
     of_group,
     only_group,
     place,
@@ -207,7 +209,7 @@ CASES_OF_A_PROGRAM = 12
 
 def jax_replay(jit: bool) -> Replay:
     def replay(case: golden.Case, dtype: str, device: str) -> Iterator[Snapshot | None]:
-        only_group(case)
+        _jax_arguments(case)  # skips a case that has none
         yield from _jax_snapshots(_program_of(case) if jit else (case.id,), dtype, device, jit)[case.id]
 
     return replay
@@ -225,7 +227,15 @@ def _program_of(case: golden.Case) -> tuple[str, ...]:
 
 
 def _compiled(case: golden.Case) -> bool:
-    return has_one_group(case) and can_replay("jax", case)
+    return factors(case) is not None and can_replay("jax", case)
+
+
+def _jax_arguments(case: golden.Case) -> dict[str, Any]:
+    """Those of `ada2ms`. The parameters are a list, whose leaves are called 0, 1 and so on."""
+    names = [str(i) for i in range(sum(len(group.params) for group in case.groups))]
+    hyper, groups = named_groups(case, names)
+    choices = {name: getattr(case, name) for name in ("scope", "nonfinite", "max_norm", "compensated")}
+    return {**hyper, **choices, "groups": groups}
 
 
 @cache
@@ -240,7 +250,7 @@ def _jax_snapshots(ids: tuple[str, ...], dtype: str, device: str, jit: bool) -> 
     cases = [case for case in golden.load() if case.id in ids]
 
     def optimizer(case: golden.Case, lr: Any) -> Any:
-        return ada2ms(lr, **only_group(case), scope=case.scope, nonfinite=case.nonfinite)
+        return ada2ms(lr, **_jax_arguments(case))
 
     def step(runs: list[Any], lrs: list[float], gradients: list[Any]) -> list[Any]:
         moved = []
@@ -252,7 +262,11 @@ def _jax_snapshots(ids: tuple[str, ...], dtype: str, device: str, jit: bool) -> 
 
     found: dict[str, list[Snapshot | None]] = {case.id: [] for case in cases}
     with settings("jax", dtype, device):
-        given = [[jnp.asarray(p, dtype) for group in case.groups for p in group.params] for case in cases]
+        kinds = [dtypes(case, dtype) for case in cases]
+        given = [
+            [jnp.asarray(p, kind) for p, kind in zip((p for g in case.groups for p in g.params), each, strict=True)]
+            for case, each in zip(cases, kinds, strict=True)
+        ]
         runs = [(params, optimizer(case, 1.0).init(params)) for case, params in zip(cases, given, strict=True)]
         move = jax.jit(step) if jit else step
         for i in range(len(cases[0].gradients)):
@@ -267,12 +281,16 @@ def _jax_snapshot(case: golden.Case, params: Any, state: Any) -> Snapshot:
     import optax
 
     count, mu, nu, s, steps = (optax.tree.get(state, name) for name in ("count", "mu", "nu", "s", "steps"))
+    sizes = [len(group.params) for group in case.groups]
+    first = np.cumsum([0, *sizes[:-1]])  # the position of each group's first parameter
+    of_each = [float(x) for x in np.broadcast_to(np.asarray(s, np.float64).ravel(), sum(sizes))]
     return Snapshot(
         *([np.asarray(x, np.float64) for x in tree] for tree in (params, mu, nu)),
         step=[int(t) for t in steps],
-        s=[float(s)] * len(case.groups) if case.scope == "model" else [float(x) for x in s],
+        s=[of_each[i] for i in first] if case.scope == "model" else of_each,
         k=[int(count)] * len(case.groups),
         skipped=int(optax.tree.get(state, "skipped", 0)),
+        compensation=[None if x is None else np.asarray(x, np.float64) for x in state.compensation or []],
     )
 
 

@@ -31,9 +31,6 @@ NOT_YET = {
     ("keras", "max_norm"),
     ("keras", "compensated"),
     ("keras", "groups"),
-    ("jax", "max_norm"),
-    ("jax", "compensated"),
-    ("jax", "groups"),
 }
 
 

@@ -63,7 +63,21 @@ def test_after_a_clip_no_more_than_adamw(adaptivity: float) -> None:
     assert temporary <= its_temporary + 4 * SMALL
 
 
-@pytest.mark.parametrize("options", [{"adaptivity": 0.7}, {"nonfinite": "skip"}, *slow({}, {"scope": "tensor"})])
+@pytest.mark.parametrize("adaptivity", [0.5, *slow(0.0, 1.0, 0.7)])
+def test_max_norm_costs_nothing(adaptivity: float) -> None:
+    """No pass over the gradients and no array of their size; Optax' own clip before it takes 12 bytes, and holds 4."""
+    plain, clipping = (cost(ada2ms(adaptivity=adaptivity, max_norm=max_norm)) for max_norm in (None, 1.0))
+    assert clipping[0] <= plain[0] + SMALL
+    assert clipping[1] <= 4 * SMALL
+    read, temporary = cost(optax.chain(CLIP, ada2ms(adaptivity=adaptivity)))
+    assert read >= clipping[0] + 12 - SMALL
+    assert temporary >= 4
+
+
+LEAVES_ALONE = [{"adaptivity": 0.7}, {"nonfinite": "skip", "max_norm": 1.0}, *slow({}, {"scope": "tensor"})]
+
+
+@pytest.mark.parametrize("options", LEAVES_ALONE)
 def test_operands_grow_with_the_leaves_alone(options: dict[str, Any]) -> None:
     """And not with their square, as where every leaf's loop sums all leaves' sums to know whether it is to skip."""
 
@@ -76,7 +90,7 @@ def test_operands_grow_with_the_leaves_alone(options: dict[str, Any]) -> None:
     assert operands(16) < 2.2 * operands(8)
 
 
-@pytest.mark.parametrize("options", [{"adaptivity": 0.7}, {"nonfinite": "skip"}, *slow({}, {"scope": "tensor"})])
+@pytest.mark.parametrize("options", LEAVES_ALONE)
 def test_leaves_of_a_shape_share_their_loops(options: dict[str, Any]) -> None:
     """Which are compiled once then, though each leaf has a count of updates of its own."""
 

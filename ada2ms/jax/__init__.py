@@ -7,10 +7,11 @@ require("optax", "jax")
 
 from ada2ms.jax.layers import plain_layers
 from ada2ms.jax.optimizer import ada2ms, scale_by_ada2ms
-from ada2ms.jax.step import ScaleByAda2MSState
+from ada2ms.jax.state import CompensatedAda2MSState, ScaleByAda2MSState
 from ada2ms.jax.transfer import arguments, export_state, import_state
 
 __all__ = [
+    "CompensatedAda2MSState",
     "ScaleByAda2MSState",
     "ada2ms",
     "arguments",
@@ -20,4 +21,5 @@ __all__ = [
     "scale_by_ada2ms",
 ]
 
-ScaleByAda2MSState.__module__ = __name__  # in pickles, which outlive files of this package
+for _state in (CompensatedAda2MSState, ScaleByAda2MSState):
+    _state.__module__ = __name__  # in pickles, which outlive files of this package

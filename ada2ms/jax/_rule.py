@@ -2,11 +2,11 @@
 
 from typing import Any
 
-from ada2ms.jax import step
+from ada2ms.jax import state as states
 
 
 class ScaleByAda2MSState:
     """Takes the fields in the order of those pickles, and makes a state of `ada2ms.jax`."""
 
-    def __new__(cls, count: Any, mu: Any, nu: Any, s: Any, steps: Any, skipped: Any) -> step.ScaleByAda2MSState:  # type: ignore[misc]
-        return step.ScaleByAda2MSState(count=count, mu=mu, nu=nu, s=s, skipped=skipped, steps=steps)
+    def __new__(cls, count: Any, mu: Any, nu: Any, s: Any, steps: Any, skipped: Any) -> states.ScaleByAda2MSState:  # type: ignore[misc]
+        return states.ScaleByAda2MSState(count=count, mu=mu, nu=nu, s=s, skipped=skipped, steps=steps)

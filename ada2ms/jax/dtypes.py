@@ -47,6 +47,11 @@ def is_complex(x: Any) -> bool:
     return bool(jnp.issubdtype(jnp.result_type(x), jnp.complexfloating))
 
 
+def is_compensated(x: Any) -> bool:
+    """Whether `compensated` keeps what the rounding of a parameter loses: those of 16 bits."""
+    return jnp.result_type(x) in (jnp.bfloat16, jnp.float16)
+
+
 def to_reals(x: jax.Array, pairs: bool) -> jax.Array:
     """A complex leaf, or its state, as pairs of reals along a new leading axis."""
     return jnp.stack([x.real, x.imag]) if pairs and jnp.iscomplexobj(x) else x.real

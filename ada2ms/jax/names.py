@@ -32,6 +32,14 @@ def flatten(tree: Any) -> tuple[list[tuple[str, Any]], Any]:
     return [(_name(path), leaf) for path, leaf in leaves], structure
 
 
+def names_of_leaves(tree: Any) -> list[str]:
+    """The name of each leaf, in their order; those in which `by_path` has it.
+
+    An array in a box of flax has the name of the box, as there.
+    """
+    return [name for name, box in flatten(tree)[0] for _ in jax.tree.leaves(box)]
+
+
 def _name(path: tuple[Any, ...]) -> str:
     return jax.tree_util.keystr(path, simple=True, separator="/")
 

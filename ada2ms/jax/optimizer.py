@@ -8,10 +8,23 @@ import jax.numpy as jnp
 import numpy as np
 import optax  # type: ignore[import-untyped]
 
-from ada2ms.core.hyperparameters import DEFAULT_NONFINITE, DEFAULT_SCOPE, DEFAULTS, Nonfinite, Scope, as_float, check
+from ada2ms.core.groups import Group, check_groups
+from ada2ms.core.hyperparameters import (
+    DEFAULT_COMPENSATED,
+    DEFAULT_MAX_NORM,
+    DEFAULT_NONFINITE,
+    DEFAULT_SCOPE,
+    DEFAULTS,
+    Nonfinite,
+    Scope,
+    as_float,
+    check,
+)
+from ada2ms.jax import state as states
 from ada2ms.jax import step
+from ada2ms.jax.options import Options
 from ada2ms.jax.sharding import axes_of
-from ada2ms.jax.step import Options, ScaleByAda2MSState
+from ada2ms.jax.state import AnyState
 
 AxisName = str | Sequence[str] | None
 
@@ -29,6 +42,9 @@ def ada2ms(
     adaptivity: optax.ScalarOrSchedule = DEFAULTS.adaptivity,
     scope: Scope = DEFAULT_SCOPE,
     nonfinite: Nonfinite = DEFAULT_NONFINITE,
+    max_norm: jax.typing.ArrayLike | None = DEFAULT_MAX_NORM,
+    compensated: bool = DEFAULT_COMPENSATED,
+    groups: Sequence[Group] | None = None,
     axis_name: AxisName = None,
 ) -> optax.GradientTransformationExtraArgs:
     r"""Ada2MS: between AdamW and momentum SGD, by interpolating elementwise and global second moments geometrically.
@@ -75,17 +91,28 @@ def ada2ms(
         scope: "model": one global second moment for all leaves; "tensor": one for each leaf.
         nonfinite: "propagate", or "skip" steps whose sum of squared gradients is not finite: nothing changes then,
             weight decay and schedules included, but `skipped` in the state.
+        max_norm: the norm, over all leaves, to which longer gradients are scaled down, as `optax.clip_by_global_norm`
+            does before an optimizer: a number above 0, or None. It is taken from the sum that the global second moment
+            needs, and costs no pass over the gradients.
+        compensated: whether parameters in float16 or bfloat16 keep what rounding loses of them, so that they add up
+            updates that are smaller than their last digit. Their updates are in float32 then, and must go to
+            `optax.apply_updates` as they are: nothing may stand behind this transformation that changes them, and
+            `equinox.apply_updates` would make float32 of the parameters. The state is a `CompensatedAda2MSState`.
+        groups: leaves with hyperparameters of their own, `ada2ms.core.Group`; the first that matches a leaf's name has
+            it. A name is the path of a leaf in the tree, `"dense/kernel"`, as in `export_state`. All groups share the
+            mean of the global second moment. A leaf decays where `mask` has it, by the decay of its group. What
+            `optax.inject_hyperparams` changes is the optimizer's own, of which `lr_scale` is a factor.
         axis_name: axes of `jax.shard_map` over which parameters are sharded, if any are; leaves that are replicated
             may stand among them. Needs `check_vma=True`, the default, and one all-reduce a step. Not for gradients
             that are averaged over data-parallel devices, and not under `jax.jit` alone, which needs nothing.
 
     Returns:
         A transformation whose state is a `ScaleByAda2MSState`. Its `update` needs the parameters, unless
-        `weight_decay` is the number 0.
+        `weight_decay` is the number 0, in all groups, and `compensated` is False.
 
     Raises:
         TypeError, ValueError: naming the argument, its value and what is allowed. (What JAX traces has no value yet,
-            and is taken as it is.)
+            and is taken as it is.) `init` raises for a group that has no leaf, unless it matches every name.
 
     Example:
         >>> import jax, jax.numpy as jnp, optax
@@ -112,6 +139,9 @@ def ada2ms(
         nu_dtype=nu_dtype,
         scope=scope,
         nonfinite=nonfinite,
+        max_norm=max_norm,
+        compensated=compensated,
+        groups=check_groups(groups),
         axis_name=axis_name,
     )
 
@@ -126,6 +156,8 @@ def scale_by_ada2ms(
     adaptivity: optax.ScalarOrSchedule = DEFAULTS.adaptivity,
     scope: Scope = DEFAULT_SCOPE,
     nonfinite: Nonfinite = DEFAULT_NONFINITE,
+    max_norm: jax.typing.ArrayLike | None = DEFAULT_MAX_NORM,
+    groups: Sequence[Group] | None = None,
     axis_name: AxisName = None,
 ) -> optax.GradientTransformationExtraArgs:
     """Rescales gradients as `ada2ms` does, without learning rate and weight decay: m_hat / d.
@@ -147,6 +179,9 @@ def scale_by_ada2ms(
         adaptivity: a number in [0, 1], or a schedule.
         scope: "model" or "tensor".
         nonfinite: "propagate" or "skip".
+        max_norm: the norm to which longer gradients are scaled down; or None.
+        groups: with adaptivity, b1, b2 and eps of their own. A factor of the learning rate, and a weight decay, are for
+            `ada2ms`, or for transformations behind this one.
         axis_name: axes of `jax.shard_map` over which the parameters are sharded, if they are.
 
     Returns:
@@ -164,6 +199,14 @@ def scale_by_ada2ms(
         >>> bool(jnp.allclose(updates, -gradients / jnp.sqrt(jnp.mean(gradients**2))))
         True
     """
+    groups = check_groups(groups)
+    for i, group in enumerate(groups):
+        for name, default in (("lr_scale", 1.0), ("weight_decay", None)):
+            if getattr(group, name) != default:
+                raise ValueError(
+                    f"Invalid groups[{i}]: {group} ({name} must be left out: scale_by_ada2ms has neither learning rate "
+                    "nor weight decay)"
+                )
     return _transformation(
         b1=b1,
         b2=b2,
@@ -173,29 +216,31 @@ def scale_by_ada2ms(
         nu_dtype=nu_dtype,
         scope=scope,
         nonfinite=nonfinite,
+        max_norm=max_norm,
+        groups=groups,
         axis_name=axis_name,
     )
 
 
 def _transformation(**arguments: Any) -> optax.GradientTransformationExtraArgs:
     """Functions that close over their options, as those of Optax do: some tools look for arrays there."""
-    for field in ("b1", "b2", "eps", "adaptivity"):
+    for field in ("b1", "b2", "eps", "adaptivity", "max_norm"):
         arguments[field] = _checked(field, arguments[field])
     options = Options(**arguments)
-    check("scope", options.scope)
-    check("nonfinite", options.nonfinite)
+    for field in ("scope", "nonfinite", "compensated"):
+        check(field, getattr(options, field))
     for field in ("mu_dtype", "nu_dtype"):
         _check_dtype(field, getattr(options, field))
     if not all(isinstance(axis, str) for axis in axes_of(options.axis_name)):
         name = options.axis_name
         raise TypeError(f"Invalid axis_name: {name!r} (axis_name must be None, a name or a tuple of names)")
 
-    def init_fn(params: optax.Params) -> ScaleByAda2MSState:
-        return step.init(options, params)
+    def init_fn(params: optax.Params) -> AnyState:
+        return states.init(options, params)
 
     def update_fn(
-        updates: optax.Updates, state: ScaleByAda2MSState, params: optax.Params | None = None, **extra_args: Any
-    ) -> tuple[optax.Updates, ScaleByAda2MSState]:
+        updates: optax.Updates, state: AnyState, params: optax.Params | None = None, **extra_args: Any
+    ) -> tuple[optax.Updates, AnyState]:
         del extra_args
         return step.update(options, updates, state, params)
 
@@ -212,7 +257,7 @@ def _checked(field: str, value: Any, argument: str | None = None, *, schedule: b
         value = value.real if real else value
     if not isinstance(value, jax.core.Tracer):
         check(field, jax.device_get(value) if isinstance(value, jax.Array) else value, argument, schedule=schedule)
-    return value if callable(value) or isinstance(value, jax.Array) else as_float(value)
+    return value if value is None or callable(value) or isinstance(value, jax.Array) else as_float(value)
 
 
 def _check_dtype(field: str, dtype: Any) -> None:

@@ -28,7 +28,7 @@ from ada2ms.core.state import (
 )
 from ada2ms.core.state import arguments as portable_arguments
 from ada2ms.jax.names import by_path, flatten
-from ada2ms.jax.step import ScaleByAda2MSState
+from ada2ms.jax.state import ScaleByAda2MSState
 from ada2ms.jax.wrappers import left_behind, rewritten, the_node
 
 

@@ -8,9 +8,9 @@ import jax
 import optax  # type: ignore[import-untyped]
 
 from ada2ms.core.state import StateError
-from ada2ms.jax.step import ScaleByAda2MSState
+from ada2ms.jax.state import CompensatedAda2MSState, ScaleByAda2MSState
 
-_NODES = (ScaleByAda2MSState, optax.ScaleByAdamState)
+_NODES = (CompensatedAda2MSState, ScaleByAda2MSState, optax.ScaleByAdamState)
 # Each call of these updates what is inside, as in a chain. Others may not, such as `MultiSteps`: a count inside of them
 # does not tell one outside. (`apply_if_finite` does not when it rejects a step; that schedules go on from the updates
 # that were made is nearer to the truth than that they start anew.)
