@@ -1,0 +1,217 @@
+"""What a trace is: parameters by neutral names, and steps."""
+
+import math
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Final
+
+import numpy as np
+
+from ada2ms.core.state.fit import Axes, Names
+from ada2ms.core.trace import file
+from ada2ms.core.trace.file import TraceError
+from ada2ms.core.trace.sketch import SUMS, WIDTH, Array, reals, sketch
+
+TENSORS: Final = ("value", "gradient", "update")  # of each parameter: before the step, as the optimizer got it, after
+
+
+@dataclass(frozen=True)
+class Parameter:
+    """A parameter that is traced.
+
+    Attributes:
+        name: neutral, by which traces are compared.
+        own: the framework's.
+        shape: in the neutral layout.
+        dtype: by name, such as "float32".
+        axes: for each axis of the framework's layout, which axis of the neutral layout it is; None if they are equal.
+        group: which of the hyperparameters are its own.
+    """
+
+    name: str
+    own: str
+    shape: tuple[int, ...]
+    dtype: str
+    axes: tuple[int, ...] | None = None
+    group: int = 0
+
+    @property
+    def size(self) -> int:
+        """Entries, those of complex parameters counted as pairs."""
+        return math.prod(self.shape) * (2 if self.dtype.startswith("complex") else 1)
+
+
+@dataclass
+class Step:
+    """One update.
+
+    Attributes:
+        number: counted from 1.
+        sketches: of each of TENSORS, (parameters, WIDTH); NaN where there is none, such as for a missing gradient.
+        missing: which parameters had no gradient.
+        loss: as the user told; the mean if it was told several times.
+        losses: how often it was told.
+        batches: fingerprints of the arrays of each batch.
+        hyper: hyperparameters of each group, by neutral names.
+        skipped: whether the step was one that the optimizer left out.
+        extra: other numbers, such as the scale of the loss.
+        full: of each of TENSORS, entries of parameters by their names: all, or a sample of `positions`.
+    """
+
+    number: int
+    sketches: dict[str, Array]
+    missing: Array
+    loss: float | None = None
+    losses: int = 0
+    batches: list[list[list[float]]] = field(default_factory=list)
+    hyper: list[dict[str, float]] = field(default_factory=list)
+    skipped: bool = False
+    extra: dict[str, float] = field(default_factory=dict)
+    full: dict[str, dict[str, Array]] = field(default_factory=dict)
+
+
+@dataclass
+class Trace:
+    """A trace as it was read.
+
+    Attributes:
+        path: of the file.
+        about: framework, source, optimizer, and whatever else the recorder knows of the run.
+        parameters: in the optimizer's order.
+        steps: as far as they were written.
+        complete: whether the recorder was closed; a run that was killed leaves its trace open.
+    """
+
+    path: Path
+    about: dict[str, Any]
+    parameters: list[Parameter]
+    steps: list[Step]
+    complete: bool
+
+    @property
+    def index(self) -> dict[str, int]:
+        """The place of each parameter by its neutral name."""
+        return {p.name: i for i, p in enumerate(self.parameters)}
+
+    @classmethod
+    def load(cls, path: str | Path) -> "Trace":
+        """Reads a trace, also of a run that goes on or was killed: as far as it was written.
+
+        Raises:
+            FileNotFoundError: there is no such file.
+            TraceError: it is no trace, of another version, or damaged.
+        """
+        path = Path(path)
+        about: dict[str, Any] | None = None
+        steps: list[Step] = []
+        complete = False
+        for chunk in file.read(path):
+            if isinstance(chunk, int):  # bytes of a flush that was cut off
+                break
+            content, tensors = chunk
+            if about is None:
+                about = content
+                continue
+            steps += _steps(content["steps"], tensors)
+            complete = content["complete"]
+        if about is None:
+            raise TraceError(f"Cannot read {str(path)!r}: the run ended before anything of it was written")
+        parameters = [
+            Parameter(**{**p, "shape": tuple(p["shape"]), "axes": p["axes"] and tuple(p["axes"])})
+            for p in about.pop("parameters")
+        ]
+        return cls(path, about, parameters, steps, complete)
+
+
+def _steps(contents: list[dict[str, Any]], tensors: dict[str, Array]) -> list[Step]:
+    full: dict[int, dict[str, dict[str, Array]]] = {}
+    for key, array in tensors.items():
+        if key.startswith("full/"):
+            _, number, what, name = key.split("/", 3)
+            full.setdefault(int(number), {}).setdefault(what, {})[name] = array
+    return [
+        Step(
+            sketches={what: tensors[what][i].astype(np.float64) for what in TENSORS},
+            missing=tensors["missing"][i],
+            full=full.get(content["number"], {}),
+            **content,
+        )
+        for i, content in enumerate(contents)
+    ]
+
+
+def resolve(
+    shapes: Mapping[str, tuple[Sequence[int], str, int]], names: Names, axes: Axes, others: Collection[str] = ()
+) -> list[Parameter]:
+    """Parameters by neutral names and in the neutral layout.
+
+    Args:
+        shapes: by the framework's names: shape, dtype and group.
+        names: the neutral name of each of the framework's names; those left out are the same in both.
+        axes: for a framework's name, how an array of the neutral layout is transposed to have the framework's.
+        others: parameters of the model that the optimizer is not over: names and axes for them are ignored.
+
+    Raises:
+        TraceError: names or axes are of parameters that do not exist, or do not fit.
+    """
+    known, problems, found = {*shapes, *others}, [], []
+    mapping = {own: names(own) for own in shapes} if callable(names) else dict(names or {})
+    problems += [f"names: there is no parameter {own!r} here" for own in mapping if own not in known]
+    problems += [f"axes: there is no parameter {own!r} here" for own in axes or {} if own not in known]
+    for own, (shape, dtype, group) in shapes.items():
+        order = tuple(axes[own]) if axes and own in axes else None
+        if order is not None and sorted(order) != list(range(len(shape))):
+            problems.append(f"axes: {order!r} of {own!r} is no order of its {len(shape)} axes")
+            continue
+        neutral = list(shape)
+        for here, there in enumerate(order or ()):
+            neutral[there] = shape[here]
+        found.append(Parameter(mapping.get(own, own), own, tuple(map(int, neutral)), dtype, order, group))
+    called: dict[str, list[str]] = {}
+    for p in found:
+        called.setdefault(p.name, []).append(p.own)
+    problems += [f"names: {own} are all called {name!r}" for name, own in called.items() if len(own) > 1]
+    if problems:
+        raise TraceError("\n  - ".join(["The parameters cannot be traced:", *problems]))
+    return found
+
+
+def positions(size: int, limit: int) -> Array:
+    """Which entries of a flattened tensor a trace keeps: all up to the limit, else as many, evenly spread."""
+    return np.arange(min(size, limit), dtype=np.int64) * size // max(min(size, limit), 1)
+
+
+def sample(array: Any, parameter: Parameter, limit: int) -> Array:
+    """Entries of a tensor in the neutral layout: the tensor if it has at most `limit`, else a flat sample."""
+    array = np.asarray(array)
+    if parameter.axes is not None:
+        array = array.transpose(np.argsort(parameter.axes))
+    x = reals(array)
+    x = x.astype(np.result_type(x, np.float32), copy=False)
+    return x if x.size <= limit else x.reshape(-1)[positions(x.size, limit)]
+
+
+FINGERPRINT: Final = 4 + 2 * SUMS + WIDTH  # numbers of a fingerprint
+
+
+def fingerprint(array: Any) -> list[float]:
+    """What is left of an array of a batch: size, samples, sum and sum of squares of all; for the sums, and the sums of
+    squares, of its samples along the first axis, 8 signed sums each; and its sketch.
+
+    So it shows whether batches are equal, are equal but for the order of axes within a sample, or hold the same numbers
+    in another order.
+    """
+    x = reals(np.asarray(array))
+    x = x.astype(np.result_type(x, np.float32), copy=False)
+    n = x.shape[0] if x.ndim else 1
+    rows = x.reshape(n, math.prod(x.shape[1:]))
+    with np.errstate(invalid="ignore", over="ignore"):
+        sums, squares = rows.sum(1, dtype=np.float64), np.einsum("ij,ij->i", rows, rows, dtype=np.float64)
+    by_sample = [*sketch(sums)[1:], *sketch(squares)[1:]]
+    return [float(v) for v in (x.size, n, sums.sum(), squares.sum(), *by_sample, *sketch(x))]
+
+
+def empty_sketches(count: int) -> dict[str, Array]:
+    """Sketches of nothing: NaN."""
+    return {what: np.full((count, WIDTH), np.nan) for what in TENSORS}
