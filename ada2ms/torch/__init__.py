@@ -9,9 +9,10 @@ import torch
 from ada2ms.core.schedules import KINDS
 from ada2ms.torch.layers import plain_layers
 from ada2ms.torch.optimizer import Ada2MS
+from ada2ms.torch.trace import Recorder
 from ada2ms.torch.transfer import arguments, export_state, import_state
 
 # Who saves live parameter groups (Lightning's BaseFinetuning, torch's ZeroRedundancyOptimizer) saves schedules.
 torch.serialization.add_safe_globals(list(KINDS.values()))
 
-__all__ = ["Ada2MS", "arguments", "export_state", "import_state", "plain_layers"]
+__all__ = ["Ada2MS", "Recorder", "arguments", "export_state", "import_state", "plain_layers"]

@@ -1,0 +1,339 @@
+"""Records what a run does, for `ada2ms trace`: any optimizer of torch, by its own hooks.
+
+from ada2ms.torch import Recorder, plain_layers
+
+with Recorder("run.trace", model, optimizer, **plain_layers(model)) as recorder:
+    for x, y in batches:
+        recorder.batch(x, y)
+        loss = loss_of(model(x), y)
+        recorder.loss(loss)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from ada2ms.core.hyperparameters import value_at
+from ada2ms.core.state import Axes, Names
+from ada2ms.core.trace import Parameter, Step, TraceError, Writer
+from ada2ms.core.trace.model import empty_sketches, resolve, sample
+from ada2ms.core.trace.writer import DEFAULT_ENTRIES, DEFAULT_FLUSH, DEFAULT_FULL
+from ada2ms.torch.numbers import number
+from ada2ms.torch.sketches import Sketcher
+
+_HOW = {"params", "foreach", "capturable", "differentiable", "fused", "param_names", "maximize"}  # no part of a rule
+
+
+class Recorder:
+    """Writes a trace of a run while it goes on; a context manager.
+
+    Of every step: loss and batch, if told; the hyperparameters of each group; and of each parameter sketches of its
+    value, of its gradient as the optimizer got it, and of the update, for the first steps with entries of the tensors
+    themselves. With a `GradScaler` gradients are as unscaled; steps that it leaves out do not reach an optimizer, and
+    show by the batches of two steps in one. With a closure the gradient is that of its first evaluation. Sharded
+    parameters (`fully_shard`, tensor parallelism) are recorded as the whole that they are, in one small all-reduce; of
+    several processes the first writes, and all must record.
+
+    Sketches stay on the device until they are written. Outside the context nothing is recorded, and nothing costs.
+
+    Args:
+        path: of the trace; one that is there is replaced.
+        model: the module, or its parameters by name.
+        optimizer: any, over parameters of the model.
+        names: the neutral name of a parameter, for each name here, as a mapping or a function; those left out keep
+            their names. `plain_layers` has them, and the next.
+        axes: for a name here, how an array of the neutral layout is transposed to have this layout.
+        full: of how many steps to keep entries of the tensors as well.
+        entries: how many entries of each tensor; of larger ones a sample.
+        flush: after how many steps to write; a run that is killed loses at most these.
+        group: the processes among which batches are divided; by default all.
+
+    Raises:
+        TraceError: names or axes do not fit, or the model has not all of the optimizer's parameters.
+        ValueError: naming the argument, its value and what is allowed.
+        FileExistsError: the path is of another kind of file.
+    """
+
+    def __init__(
+        self,
+        path: str | Path,
+        model: nn.Module | Mapping[str, Tensor],
+        optimizer: torch.optim.Optimizer,
+        *,
+        names: Names = None,
+        axes: Axes = None,
+        full: int = DEFAULT_FULL,
+        entries: int = DEFAULT_ENTRIES,
+        flush: int = DEFAULT_FLUSH,
+        group: Any = None,
+    ) -> None:
+        optimizer = _unwrapped(optimizer)
+        own = named(model)
+        self._group, self._world = group, _world(group)
+        self._params = [p for each in optimizer.param_groups for p in each["params"]]
+        self._parameters = parameters(own, optimizer, names, axes)
+        self._writer = Writer(path if _is_first() else None, full=full, entries=entries, flush=flush)
+        self._writer.begin(_about(optimizer, self._world), self._parameters)
+        self._sketcher = Sketcher(self._params, self._parameters)
+        self._open: _Before | None = None
+        self._hooks = [
+            optimizer.register_step_pre_hook(self._before),
+            optimizer.register_step_post_hook(self._after),
+        ]
+
+    def batch(self, *arrays: Any) -> None:
+        """Notes the arrays of a batch (tensors or anything that NumPy takes), of the step that comes."""
+        self._writer.batch([_numpy(x) for x in arrays])
+
+    def loss(self, loss: Any) -> None:
+        """Notes the loss of a batch, of the step that comes; with several batches in a step their mean is kept."""
+        kept = loss.detach().clone() if isinstance(loss, Tensor) else loss
+        self._writer.loss(lambda: float(kept))
+
+    def close(self) -> None:
+        """Stops recording and writes what waits."""
+        for hook in self._hooks:
+            hook.remove()
+        self._hooks = []
+        self._flush(complete=True)
+        self._writer.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        if kind is not None:
+            self._world = 1  # the others may never come to an all-reduce
+        self.close()
+
+    @torch.no_grad()
+    def _before(self, optimizer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Before a step: values, hyperparameters, and gradients, which a closure has yet to compute."""
+        self._open = before = _Before([_hyper(group, optimizer) for group in optimizer.param_groups])
+        before.value = self._sketcher(self._params)
+        if self._writer.count < self._writer.full:
+            before.full["value"] = self._sampled(self._params)
+        place = 1 if len(args) > 1 else "closure"
+        closure = args[1] if place == 1 else kwargs.get("closure")
+        if closure is None:
+            self._gradients(optimizer, before)
+            return None
+
+        def observed() -> Any:
+            loss = closure()
+            if before.gradient is None:
+                with torch.no_grad():
+                    self._gradients(optimizer, before)
+                if loss is not None and not self._writer.has_loss:
+                    self.loss(loss)
+            return loss
+
+        if place == 1:
+            return (args[0], observed, *args[2:]), kwargs
+        return args, {**kwargs, "closure": observed}
+
+    def _gradients(self, optimizer: Any, before: "_Before") -> None:
+        grads = [p.grad for p in self._params]
+        before.missing = np.array([g is None for g in grads], bool)
+        before.gradient = self._sketcher(grads)
+        scale, found_inf = getattr(optimizer, "grad_scale", None), getattr(optimizer, "found_inf", None)
+        if scale is not None:  # a fused optimizer unscales by itself
+            before.gradient = before.gradient / scale.to(before.gradient.device)
+            before.scale = scale.clone()
+        before.found_inf = None if found_inf is None else found_inf.clone()
+        if before.full:
+            by = 1.0 if scale is None else float(scale)
+            before.full["gradient"] = {name: x / by for name, x in self._sampled(grads).items()}
+
+    @torch.no_grad()
+    def _after(self, optimizer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        before, self._open = self._open, None
+        if before is None or before.value is None:
+            return
+        if before.gradient is None:  # a closure that was not called
+            self._gradients(optimizer, before)
+        value, gradient, after = before.value, before.gradient, self._sketcher(self._params)
+        assert gradient is not None
+        if before.full:
+            now = self._sampled(self._params)
+            before.full["update"] = {name: now[name] - x for name, x in before.full["value"].items()}
+        known = sum(len(group["params"]) for group in optimizer.param_groups)
+        s = _global_moment(optimizer)
+        scale, found_inf = before.scale, before.found_inf
+
+        def fill(step: Step) -> None:
+            step.sketches = {"value": _host(value), "gradient": _host(gradient), "update": _host(after)}
+            update = step.sketches["update"]
+            update[:, 1:] -= step.sketches["value"][:, 1:]
+            update[:, 0] = np.sqrt(np.mean(np.square(update[:, 1:]), axis=1))
+            step.sketches["gradient"][step.missing] = np.nan
+            step.skipped = found_inf is not None and bool(found_inf)
+            extra = {"s": s, "loss_scale": scale, "untraced": known - len(self._params) or None}
+            step.extra = {name: float(x) for name, x in extra.items() if x is not None}
+
+        missing = before.missing
+        step = Step(0, empty_sketches(len(self._params)), missing, hyper=before.hyper, full=before.full)
+        self._writer.add(step, fill)
+        if self._writer.is_due:
+            self._flush()
+
+    def _sampled(self, tensors: Sequence[Tensor | None]) -> dict[str, Any]:
+        found = {}
+        for parameter, x in zip(self._parameters, tensors, strict=True):
+            if x is not None:
+                whole = x.full_tensor() if hasattr(x, "full_tensor") else x
+                found[parameter.name] = sample(_numpy(whole).copy(), parameter, self._writer.entries)
+        return found
+
+    def _flush(self, *, complete: bool = False) -> None:
+        steps = self._writer.take()
+        if self._world > 1 and steps:
+            _combine(steps, self._group, self._world)
+        self._writer.write(steps, complete=complete)
+
+
+class _Before:
+    """What is known of a step before it is done."""
+
+    def __init__(self, hyper: list[dict[str, float]]) -> None:
+        self.hyper = hyper
+        self.value: Tensor | None = None
+        self.gradient: Tensor | None = None
+        self.missing: Any = np.zeros(0, bool)
+        self.scale: Tensor | None = None
+        self.found_inf: Tensor | None = None
+        self.full: dict[str, dict[str, Any]] = {}
+
+
+def _unwrapped(optimizer: Any) -> torch.optim.Optimizer:
+    """The optimizer whose hooks run: wrappers, such as accelerate's, have it as `optimizer`."""
+    while isinstance(inner := getattr(optimizer, "optimizer", None), torch.optim.Optimizer):
+        optimizer = inner
+    if not isinstance(optimizer, torch.optim.Optimizer):
+        raise TypeError(f"Invalid optimizer: {optimizer!r} (must be a torch.optim.Optimizer)")
+    return optimizer
+
+
+def named(model: nn.Module | Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+    """Parameters by the names that they have in the module itself, within torch.compile and DistributedDataParallel."""
+    if not isinstance(model, nn.Module):
+        return model
+    inner: Any = model
+    while True:
+        if isinstance(inner, nn.parallel.DistributedDataParallel):
+            inner = inner.module
+        elif isinstance(compiled := getattr(inner, "_orig_mod", None), nn.Module):
+            inner = compiled
+        else:
+            return dict(inner.named_parameters())
+
+
+def parameters(
+    own: Mapping[str, Tensor], optimizer: torch.optim.Optimizer, names: Names, axes: Axes
+) -> list[Parameter]:
+    called = {id(p): name for name, p in own.items()}
+    shapes: dict[str, tuple[Sequence[int], str, int]] = {}
+    unknown = 0
+    for i, group in enumerate(optimizer.param_groups):
+        for p in group["params"]:
+            if id(p) in called:
+                shapes[called[id(p)]] = tuple(p.shape), str(p.dtype).removeprefix("torch."), i
+            else:
+                unknown += 1
+    if unknown:
+        raise TraceError(f"The optimizer has {unknown} parameters that the model has not (give the model it is over)")
+    return resolve(shapes, names, axes, own)
+
+
+def _about(optimizer: torch.optim.Optimizer, world: int) -> dict[str, Any]:
+    devices = {str(p.device) for group in optimizer.param_groups for p in group["params"]}
+    kind = type(optimizer)
+    return {
+        "framework": "torch",
+        "source": f"torch {torch.__version__} on {', '.join(sorted(devices))}",
+        "optimizer": f"{kind.__module__.removesuffix('.' + kind.__name__.lower())}.{kind.__name__}",
+        "started": bool(optimizer.state),
+        "matmul": torch.get_float32_matmul_precision(),
+        "processes": world,
+        "threads": torch.get_num_threads(),
+    }
+
+
+def _hyper(group: Mapping[str, Any], optimizer: Any) -> dict[str, float]:
+    """The numbers among a group's hyperparameters, by neutral names."""
+    found: dict[str, float] = {}
+    for name, value in group.items():
+        value = number(value)
+        if name == "betas":
+            found["b1"], found["b2"] = (float(number(b)) for b in value)
+        elif name == "adaptivity" and callable(value):
+            counts = [optimizer.state[p]["global_step"] for p in group["params"] if "global_step" in optimizer.state[p]]
+            found[name] = float(value_at(value, int(counts[0]) if counts else 0))
+        elif name not in _HOW and isinstance(value, (int, float)) and math.isfinite(value):
+            found[name] = float(value)
+    if group.get("maximize"):
+        found["maximize"] = 1.0
+    return found
+
+
+def _global_moment(optimizer: torch.optim.Optimizer) -> Tensor | None:
+    """The s of an Ada2MS, if there is one for the model."""
+    group = optimizer.param_groups[0] if optimizer.param_groups else {}
+    if group.get("scope") != "model" or not group["params"]:
+        return None
+    s = optimizer.state.get(group["params"][0], {}).get("global_exp_avg_sq")
+    return s.detach().clone() if isinstance(s, Tensor) else None
+
+
+def _numpy(x: Any) -> Any:
+    if isinstance(x, Tensor):
+        x = x.detach().cpu()
+        return (x.float() if x.dtype in (torch.bfloat16, torch.float16) else x.resolve_conj().resolve_neg()).numpy()
+    return np.asarray(x)
+
+
+def _host(x: Tensor) -> Any:
+    return x.cpu().numpy().astype(np.float64)
+
+
+def _is_first() -> bool:
+    return not (
+        torch.distributed.is_available() and torch.distributed.is_initialized() and torch.distributed.get_rank()
+    )
+
+
+def _world(group: Any) -> int:
+    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+        return 1
+    return torch.distributed.get_world_size(group)
+
+
+def _combine(steps: Sequence[Step], group: Any, world: int) -> None:
+    """Losses and batches of all processes: means, and sums; in another order than one process would have them."""
+    told: list[Any] = [None] * world
+    torch.distributed.all_gather_object(told, [(step.loss, step.batches) for step in steps], group=group)
+    for step, parts in zip(steps, zip(*told, strict=True), strict=True):
+        losses = [loss for loss, _ in parts if loss is not None]
+        step.loss = sum(losses) / len(losses) if losses else None
+        every = [batches for _, batches in parts]
+        if all(batches == every[0] for batches in every):
+            continue  # each process has the whole batch
+        step.batches = [
+            [_joined([batches[i][k] for batches in every]) for k in range(len(every[0][i]))]
+            for i in range(min(map(len, every)))
+        ]
+
+
+def _joined(parts: Sequence[Sequence[float]]) -> list[float]:
+    """The fingerprint of an array that is divided: what does not depend on the order, and NaN."""
+    sums = [math.fsum(x) for x in zip(*(part[:4] for part in parts), strict=True)]
+    return [*sums, *[math.nan] * (len(parts[0]) - 4)]
