@@ -1,15 +1,18 @@
 """The time of a step of the torch optimizer against torch.optim.AdamW, interleaved in one run.
 
-    python benchmarks/torch_step.py [--device cuda] [--rounds 15] [--only transformer] [--smoke]
+    python benchmarks/torch_step.py [--device cuda] [--isa avx2] [--rounds 15] [--only transformer] [--smoke]
 
 For three shapes of model, and for a copy of as many bytes: the median over rounds of milliseconds a step; the median
 over rounds of the ratio to AdamW's time in the same round, of the same implementation (with and without clipping of the
 gradients' norm, which reads them once more as Ada2MS does); bytes that the operations of a step read and write, per
 parameter, as torch's dispatcher sees them; and these bytes by the time.
+
+`--isa` has all that is measured, torch's own kernels included, keep to these instructions, on a machine that has more.
 """
 
 import argparse
 import datetime
+import os
 import platform
 import statistics
 import time
@@ -91,17 +94,36 @@ def steppers(params: list[nn.Parameter]) -> dict[tuple[str, str], Callable[[], A
     return found
 
 
-def main() -> None:
+def keep_to(isa: str) -> None:
+    """Has torch use the kernels for these instructions, and the fused step be compiled for them; before either is used.
+
+    Raises:
+        SystemExit: this machine has no such instructions, or torch has chosen already.
+    """
+    os.environ["ATEN_CPU_CAPABILITY"] = isa
+    if (found := torch.backends.cpu.get_cpu_capability()) != isa.upper():
+        raise SystemExit(f"--isa {isa}: torch takes its kernels for {found} on this machine")
+
+
+def parsed() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", default="cpu")
+    parser.add_argument("--isa", choices=["avx2", "avx512", "default"], help="default: without AVX (x86-64: SSE2)")
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--only", default="", help="models whose names contain this")
     parser.add_argument("--smoke", action="store_true", help="tiny models, once: whether it runs")
-    options = parser.parse_args()
+    return parser.parse_args()
+
+
+def main() -> None:
+    options = parsed()
+    if options.isa:
+        keep_to(options.isa)
     wait = torch.cuda.synchronize if options.device.startswith("cuda") else lambda: None
     rounds, warmup = (1, 1) if options.smoke else (options.rounds, 2)
     print(
-        f"{datetime.date.today()}, torch {torch.__version__}, {options.device}, {platform.machine()}, "
+        f"{datetime.date.today()}, torch {torch.__version__}, {options.device}, {platform.machine()} with "
+        f"{torch.backends.cpu.get_cpu_capability()}, "
         f"{torch.get_num_threads()} threads, median of {rounds} rounds"
     )
     for title, shapes in (SMOKE if options.smoke else MODELS).items():

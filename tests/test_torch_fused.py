@@ -5,6 +5,7 @@ tests/test_torch.py and tests/test_trajectories.py run it through what they run 
 
 import copy
 import os
+import platform
 import shutil
 import subprocess
 import sys
@@ -19,8 +20,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch_support import shared_numbers
 
 from ada2ms import core
+from ada2ms.core.coefficients import Coefficients
 from ada2ms.torch import Ada2MS
-from ada2ms.torch.kernels import fused_cpu
+from ada2ms.torch.kernels import Options, fused_cpu
 from support import EPSILON, needs_compiler
 
 
@@ -78,6 +80,41 @@ def test_the_power_is_exact_to_some_roundings(adaptivity: float) -> None:
     normal = expected.abs() > 2.0**-126  # what is smaller has fewer digits itself
     error = ((p.detach().double() - expected) / expected)[normal].abs().max().item()
     assert error <= 4 * EPSILON["float32"]
+
+
+@needs_compiler
+@pytest.mark.parametrize("adaptivity", [1e-9, 0.01, 0.3, 0.7, 0.99, 1 - 1e-6])
+def test_the_power_of_every_size(adaptivity: float) -> None:
+    """1 / v^(a/2) for numbers of each exponent that float32 has: two epsilons for the power, half of one for the
+    quotient. 0, infinity and NaN are their own powers; and where d is 0, nothing moves."""
+    rng = np.random.default_rng(0)
+    v = np.ldexp(rng.uniform(1, 2, (2, 277 * 500)), np.tile(np.arange(-149, 128), 1000).reshape(2, -1)).astype("f4")
+    special = np.array([0, np.inf, np.nan, -np.nan], "f4")
+    found = power_reciprocals(np.concatenate([v.reshape(-1), special]), adaptivity)
+    error = np.abs(found[: v.size] * v.reshape(-1).astype("f8") ** (adaptivity / 2) - 1)
+    assert np.max(error) <= 2.5 * EPSILON["float32"]
+    np.testing.assert_array_equal(found[v.size :], [0, 0, np.nan, np.nan])
+
+
+def power_reciprocals(v: np.ndarray[Any, Any], adaptivity: float) -> np.ndarray[Any, Any]:
+    """The quotient m/d of a step in which moments stay as they are, with m = 1 and d = v^(a/2)."""
+    values = torch.from_numpy(v)
+    p, g = torch.zeros_like(values), torch.zeros_like(values)
+    options = Options(beta1=1.0, beta2=1.0, weight1=0.0, weight2=0.0, decay_factor=None, adaptivity=adaptivity)
+    fused_cpu.update([p], [g], [torch.ones_like(p)], [values], Coefficients(1.0, 1.0, 0.0), options)
+    return -p.double().numpy()
+
+
+@needs_compiler
+@pytest.mark.slow
+@pytest.mark.skipif(platform.machine() not in ("x86_64", "AMD64"), reason="of x86-64")
+@pytest.mark.parametrize("isa", ["default", "avx2"])
+def test_with_fewer_instructions_than_the_machine_has(isa: str) -> None:
+    start = [sys.executable, "-m", "pytest", "-q", __file__, "-k", "power or special or tensors"]
+    environment = {**os.environ, "ATEN_CPU_CAPABILITY": isa, "PYTHONPATH": ":".join(sys.path)}
+    done = subprocess.run(start, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout
+    assert "skipped" not in done.stdout
 
 
 @needs_compiler
@@ -315,8 +352,9 @@ def test_processes_that_start_together(tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_the_benchmark_runs() -> None:
     script = Path(__file__).parents[1] / "benchmarks" / "torch_step.py"
-    start = [sys.executable, "-W", "error", str(script), "--smoke"]
+    start = [sys.executable, "-W", "error", str(script), "--smoke", "--isa", "default"]
     environment = {**os.environ, "PYTHONPATH": ":".join(sys.path)}
     done = subprocess.run(start, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("Ada2MS 0.5, fused") == 3
+    assert " with DEFAULT" in done.stdout

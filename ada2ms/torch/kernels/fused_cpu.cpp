@@ -23,6 +23,11 @@ using at::TensorList;
 constexpr int64_t kGrain = 1 << 15;  // entries for which another thread is worth its start
 constexpr int64_t kBuffer = 512;     // entries of 16 bits that are widened at a time, in the nearest cache
 constexpr int64_t kLanes = 32;       // sums side by side
+#ifdef __AVX512F__
+constexpr int64_t kBlock = 128;  // entries of an update that are worked on together: eight vectors of float32
+#else
+constexpr int64_t kBlock = 64;
+#endif
 
 template <typename T>
 using wide_t = std::conditional_t<std::is_same_v<T, double>, double, float>;
@@ -34,32 +39,52 @@ inline To bits(From x) {
   return y;
 }
 
-// x^(coarse + fine), for x >= 0 and an exponent in (0, 0.5], of which `coarse` is a multiple of 2^-17 and `fine` the
-// rest: two float32 epsilons at most, whatever the size of x.
-inline float power(float x, float coarse, float fine) {
-  const bool subnormal = x < 0x1p-126f;
-  const int32_t i = bits<int32_t>(subnormal ? x * 0x1p24f : x);
-  // x = 2^e * (1 + t), with 1 + t between the roots of 1/2 and 2
-  const int32_t whole = (i - 0x3f3504f3) >> 23;
-  const float t = bits<float>(i - (whole << 23)) - 1;
-  const float e = static_cast<float>(subnormal ? whole - 24 : whole);
-  // (coarse + fine)*log2(x) = n + r, with n whole. Polynomials through Chebyshev's nodes, by Estrin's scheme, give
-  // log2(1 + t) = t * q(t), for t as above, and 2^r, for r in [-0.5, 0.5].
-  const float t2 = t * t;
-  const float q = (1.44269502f + -0.721352935f * t) + (0.480916709f + -0.360225171f * t) * t2 +
-      ((0.287288874f + -0.249271825f * t) + (0.232652575f + -0.14275974f * t) * t2) * (t2 * t2);
-  const float log = fine * e + (coarse + fine) * t * q;
-  const float magic = (coarse * e + log) + 0x1.8p23f;  // has n in its lowest bits, which go into the exponent's
-  const float r = (coarse * e - (magic - 0x1.8p23f)) + log;  // coarse * e is exact, and so is that less n
-  const float r2 = r * r;
-  const float two_to_r = (1.00000012f + 0.693147182f * r) +
-      ((0.240221068f + 0.0555035695f * r) + (0.00967603177f + 0.00133908633f * r) * r2) * r2;
-  const float two_to_n = bits<float>((bits<int32_t>(magic) + 127) << 23);
-  const float result = two_to_r * two_to_n;
-  return x > 0 && x < std::numeric_limits<float>::infinity() ? result : x;  // 0, infinity and NaN are their own powers
+// What v^(a/2) = u * u^(a-1), with u the square root of v, is computed with; the same for all tensors of a step.
+struct Exponent {
+  double half;  // a/2
+  float coarse, fine;  // a-1 in units of 2^-23: a multiple of 2^-17 of it, and the rest
+  float log2[8];  // (a-1) * log2(1 + t) / t, by the polynomial that is least off, 5e-8
+
+  explicit Exponent(double adaptivity) : half(adaptivity / 2) {
+    constexpr double kLog2[] = {1.44269477, -0.721357149, 0.480939445, -0.360087215,
+                                0.286707448, -0.250069046, 0.23689044, -0.145744534};
+    const double h = adaptivity - 1, rounded = std::round(h * 0x1p17) * 0x1p-17;
+    coarse = static_cast<float>(rounded * 0x1p-23);
+    fine = static_cast<float>((h - rounded) * 0x1p-23);
+    for (int i = 0; i < 8; ++i) log2[i] = static_cast<float>(h * kLog2[i]);
+  }
+};
+
+// u, the exponent e of u in units of 2^-23, and (a-1) * log2(u) less coarse * e.
+template <typename Size>
+inline void logarithms(Size n, const float* __restrict v, float* __restrict u, float* __restrict e,
+                       float* __restrict log, const Exponent& a) {
+  const float* c = a.log2;
+  for (int64_t i = 0; i < n; ++i) {
+    u[i] = std::sqrt(v[i]);  // 0 or normal, also where v is subnormal
+    // u = 2^e * (1 + t), with 1 + t between the roots of 1/2 and 2; infinity and NaN are taken for 2^64
+    const int32_t x = std::min(bits<int32_t>(u[i]), 0x5f800000);
+    const int32_t whole = (x - 0x3f3504f3) & -0x800000;
+    const float t = bits<float>(x - whole) - 1, t2 = t * t;
+    e[i] = static_cast<float>(whole);
+    const float q = (((c[6] + c[7] * t) * t2 + (c[4] + c[5] * t)) * t2 + (c[2] + c[3] * t)) * t2 + (c[0] + c[1] * t);
+    log[i] = t * q + a.fine * e[i];
+  }
 }
 
-inline double power(double x, double coarse, double fine) { return std::pow(x, coarse + fine); }
+// u <- u * 2^(coarse * e + log)
+template <typename Size>
+inline void powers(Size n, const float* __restrict e, const float* __restrict log, float* __restrict u,
+                   const Exponent& a) {
+  for (int64_t i = 0; i < n; ++i) {
+    // coarse * e + log = n + r, with n whole: the sum has it in its lowest bits
+    const float sum = (a.coarse * e[i] + log[i]) + 0x1.8p23f;
+    const float r = (a.coarse * e[i] - (sum - 0x1.8p23f)) + log[i];  // coarse * e is exact, and so is that less n
+    const float two_to_r =
+        ((((0.00132647f * r + 0.00967151f) * r + 0.05550734f) * r + 0.24022242f) * r + 0.69314698f) * r + 1;
+    u[i] *= bits<float>(bits<int32_t>(two_to_r) + (bits<int32_t>(sum) << 23));  // 0, infinity and NaN stay
+  }
+}
 
 // How v^(a/2) is computed: by square roots where they say the same.
 enum class PowerKind { kOne, kSqrt, kFourthRoot, kPower };
@@ -73,41 +98,67 @@ PowerKind power_kind(double adaptivity) {
 
 template <typename W>
 struct Scalars {
-  W inv_scale, beta1, weight1, beta2, weight2, coarse, fine, denom_scale, eps, decay_factor, step_size;
+  W inv_scale, beta1, weight1, beta2, weight2, denom_scale, eps, decay_factor, step_size;
 
   template <typename To>
   Scalars<To> as() const {
     return {To(inv_scale), To(beta1), To(weight1), To(beta2), To(weight2),
-            To(coarse), To(fine), To(denom_scale), To(eps), To(decay_factor), To(step_size)};
+            To(denom_scale), To(eps), To(decay_factor), To(step_size)};
   }
 };
 
-template <PowerKind kind, typename W>
-void update(int64_t n, W* __restrict p, const W* __restrict g, W* __restrict m, W* __restrict v, const Scalars<W> c) {
+// v^(a/2), for all kinds but kOne.
+template <PowerKind kind, typename W, typename Size>
+inline void denom_powers(Size n, const W* __restrict v, W* __restrict result, const Exponent& exponent) {
+  if constexpr (kind == PowerKind::kSqrt) {
+    for (int64_t i = 0; i < n; ++i) result[i] = std::sqrt(v[i]);
+  } else if constexpr (kind == PowerKind::kFourthRoot) {
+    for (int64_t i = 0; i < n; ++i) result[i] = std::sqrt(std::sqrt(v[i]));
+  } else if constexpr (std::is_same_v<W, float>) {
+    float e[kBlock], log[kBlock];
+    logarithms(n, v, result, e, log, exponent);
+    powers(n, e, log, result, exponent);
+  } else {
+    for (int64_t i = 0; i < n; ++i) result[i] = std::pow(v[i], exponent.half);
+  }
+}
+
+// The update of at most kBlock entries, in loops that are short enough for a processor to work on several at a time.
+template <PowerKind kind, typename W, typename Size>
+inline void update_block(Size n, W* __restrict p, const W* __restrict g, W* __restrict m, W* __restrict v,
+                         const Scalars<W>& c, const Exponent& exponent) {
   for (int64_t i = 0; i < n; ++i) {
     const W x = g[i] * c.inv_scale;
-    const W m_new = c.beta1 * m[i] + c.weight1 * x;
-    const W v_new = c.beta2 * v[i] + c.weight2 * x * x;
-    W quotient = m_new;  // at the adaptivity 0 the step size has been divided by d
-    if constexpr (kind != PowerKind::kOne) {
-      W power_of_v;
-      if constexpr (kind == PowerKind::kSqrt) power_of_v = std::sqrt(v_new);
-      else if constexpr (kind == PowerKind::kFourthRoot) power_of_v = std::sqrt(std::sqrt(v_new));
-      else power_of_v = power(v_new, c.coarse, c.fine);
-      // d = v_hat^(a/2) * s_hat^((1-a)/2) + eps
-      const W d = c.denom_scale * power_of_v + c.eps;
-      quotient = m_new / (d == 0 ? std::numeric_limits<W>::infinity() : d);  // 0 where nothing has moved yet
-    }
-    m[i] = m_new;
-    v[i] = v_new;
-    p[i] = c.decay_factor * p[i] - c.step_size * quotient;
+    m[i] = c.beta1 * m[i] + c.weight1 * x;
+    v[i] = c.beta2 * v[i] + c.weight2 * x * x;
   }
+  if constexpr (kind == PowerKind::kOne) {  // the step size has been divided by d
+    for (int64_t i = 0; i < n; ++i) p[i] = c.decay_factor * p[i] - c.step_size * m[i];
+  } else {
+    W power_of_v[kBlock];
+    denom_powers<kind>(n, v, power_of_v, exponent);
+    for (int64_t i = 0; i < n; ++i) {
+      // d = v_hat^(a/2) * s_hat^((1-a)/2) + eps
+      const W d = c.denom_scale * power_of_v[i] + c.eps;
+      const W quotient = m[i] / (d == 0 ? std::numeric_limits<W>::infinity() : d);  // 0 where nothing has moved yet
+      p[i] = c.decay_factor * p[i] - c.step_size * quotient;
+    }
+  }
+}
+
+template <PowerKind kind, typename W>
+void update(int64_t n, W* p, const W* g, W* m, W* v, const Scalars<W>& c, const Exponent& exponent) {
+  constexpr std::integral_constant<int64_t, kBlock> block;  // known to the compiler
+  int64_t i = 0;
+  for (; i + block <= n; i += block) update_block<kind>(block, p + i, g + i, m + i, v + i, c, exponent);
+  if (i < n) update_block<kind>(n - i, p + i, g + i, m + i, v + i, c, exponent);
 }
 
 // One tensor, as it lies in memory, and its numbers.
 struct Work {
   void *p, *g, *m, *v;
   Scalars<double> scalars;
+  const Exponent* exponent;
   void (*run)(const Work&, int64_t begin, int64_t end);
 };
 
@@ -118,14 +169,14 @@ void run(const Work& work, int64_t begin, int64_t end) {
   W *m = static_cast<W*>(work.m), *v = static_cast<W*>(work.v);
   const auto c = work.scalars.template as<W>();
   if constexpr (std::is_same_v<P, W>) {
-    update<kind, W>(end - begin, p + begin, g + begin, m + begin, v + begin, c);
+    update<kind, W>(end - begin, p + begin, g + begin, m + begin, v + begin, c, *work.exponent);
   } else {
     W wide_p[kBuffer], wide_g[kBuffer];
     for (; begin < end; begin += kBuffer) {
       const int64_t n = std::min(kBuffer, end - begin);
       for (int64_t i = 0; i < n; ++i) wide_p[i] = static_cast<W>(p[begin + i]);
       for (int64_t i = 0; i < n; ++i) wide_g[i] = static_cast<W>(g[begin + i]);
-      update<kind, W>(n, wide_p, wide_g, m + begin, v + begin, c);
+      update<kind, W>(n, wide_p, wide_g, m + begin, v + begin, c, *work.exponent);
       for (int64_t i = 0; i < n; ++i) p[begin + i] = static_cast<P>(wide_p[i]);
     }
   }
@@ -196,8 +247,8 @@ void step(TensorList params, TensorList grads, TensorList exp_avgs, TensorList e
     }
     return y.data_ptr();
   };
-  const double h = adaptivity / 2, coarse = std::round(h * 0x1p17) * 0x1p-17;
-  Scalars<double> scalars{inv_scale, beta1, 1 - beta1, beta2, 1 - beta2, coarse, h - coarse, 1, 0, decay_factor, 0};
+  const Exponent exponent(adaptivity);
+  Scalars<double> scalars{inv_scale, beta1, 1 - beta1, beta2, 1 - beta2, 1, 0, decay_factor, 0};
   const PowerKind kind = power_kind(adaptivity);
   const auto of = [](at::ArrayRef<double> numbers, size_t i) { return numbers[numbers.size() == 1 ? 0 : i]; };
   for (size_t i = 0; i < params.size(); ++i) {
@@ -209,7 +260,7 @@ void step(TensorList params, TensorList grads, TensorList exp_avgs, TensorList e
     const auto of_g = g.scalar_type() == narrow ? narrow : wide;
     const Tensor like = p.is_non_overlapping_and_dense() ? p : p.contiguous();
     works.push_back({as(p, like, narrow, true), as(g, like, of_g, false), as(exp_avgs[i], like, wide, true),
-                     as(exp_avg_sqs[i], like, wide, true), scalars, run_for(kind, narrow, of_g)});
+                     as(exp_avg_sqs[i], like, wide, true), scalars, &exponent, run_for(kind, narrow, of_g)});
     sizes.push_back(p.numel());
   }
   for_parts(sizes, [&](size_t i, int64_t begin, int64_t end) { works[i].run(works[i], begin, end); });
