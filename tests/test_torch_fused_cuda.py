@@ -236,7 +236,21 @@ def test_kernels_of_a_step_on_cuda(options: dict[str, Any]) -> None:
 
 
 @pytest.mark.gpu
-def test_captured_in_a_cuda_graph() -> None:
+@pytest.mark.parametrize("options", [{"fused": True}, {}, {"capturable": True}, {"nonfinite": "skip"}], ids=str)
+def test_max_norm_takes_no_kernel_for_each_tensor_on_cuda(options: dict[str, Any]) -> None:
+    """For all of them together it takes some of one thread; and nothing waits."""
+    require_device("torch", "gpu")
+    plain, clipping = (
+        [kernels_of_a_step(lambda params, extra=extra: Ada2MS(params, **extra, **options), n) for n in (3, 30)]
+        for extra in ({}, {"max_norm": 1.0})
+    )
+    assert clipping[1] - clipping[0] == plain[1] - plain[0]
+    assert 0 < clipping[0] - plain[0] <= 12
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("max_norm", [None, 1.0])
+def test_captured_in_a_cuda_graph(max_norm: float | None) -> None:
     """Replays follow a learning rate that is changed in place, as the steps without a graph do."""
     require_device("torch", "gpu")
     trained: list[list[Tensor]] = []
@@ -246,7 +260,7 @@ def test_captured_in_a_cuda_graph() -> None:
         for p in params:
             p.grad = torch.randn_like(p)
         lr = torch.tensor(0.1, device="cuda")
-        optimizer = Ada2MS(params, lr=lr, fused=True, capturable=True)
+        optimizer = Ada2MS(params, lr=lr, fused=True, capturable=True, max_norm=max_norm)
         optimizer.step()
         graph = torch.cuda.CUDAGraph()
         if captured:
@@ -254,9 +268,14 @@ def test_captured_in_a_cuda_graph() -> None:
                 optimizer.step()
         for i in range(5):
             lr.fill_(0.1 / (i + 1))
+            for p in params:
+                p.grad *= 0.7  # type: ignore[operator]
             if captured:
                 graph.replay()
             else:
                 optimizer.step()
+        assert optimizer.grad_norm is not None
+        norm = torch.nn.utils.clip_grad_norm_(params, torch.inf)
+        torch.testing.assert_close(optimizer.grad_norm, norm)  # of the last replay
         trained.append([p.detach() for p in params])
     torch.testing.assert_close(*trained, rtol=0, atol=0)

@@ -9,6 +9,7 @@ import torch
 from ada2ms.core.atomic import write_whole
 from ada2ms.core.schedules import AdaptivitySchedule
 from ada2ms.core.state import State, StateError
+from ada2ms.torch.shared import CHOICES, leave_out_defaults
 from ada2ms.torch.transfer import from_state_dict, set_shared_numbers, tensor, to_state
 
 _OPTIMIZER: Final = ("optimizer", "optimizer_state_dict", "optimizer_states")
@@ -72,9 +73,11 @@ def write(state: State, path: Path) -> None:
             hyper["adaptivity"] = hyper["adaptivity"].to_dict()
         if "b1" in hyper and "b2" in hyper:
             hyper["betas"] = hyper.pop("b1"), hyper.pop("b2")
+        hyper.pop("lr_scale", None)  # `lr`, if it is known, is that of the group
         hyper |= {"params": list(range(start, start + len(group.params))), "param_names": list(group.params)}
         if state.has_global:
-            hyper |= {"scope": state.scope, "nonfinite": state.nonfinite}
+            hyper |= {name: getattr(state, name) for name in CHOICES}
+            leave_out_defaults(hyper)
         groups.append(hyper)
         start += len(group.params)
     states = to_state(entries, own_s=True)

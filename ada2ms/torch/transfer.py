@@ -119,7 +119,7 @@ def from_state_dict(
     for group in groups:
         group.params = in_state(renamed, group.params)
     first = state_dict["param_groups"][0] if state_dict["param_groups"] else {}
-    choices = {name: first[name] for name in ("scope", "nonfinite") if name in first}
+    choices = {name: first[name] for name in shared.CHOICES if name in first}
     exported = State(entries, groups, **choices, skipped=skipped)
     return exported.with_global(exported.scope) if "scope" in first else exported  # for groups that have not started
 
@@ -202,13 +202,25 @@ def to_state(entries: Sequence[Entry], *, own_s: bool) -> dict[int, dict[str, Te
     return state
 
 
-def arguments(state: State) -> dict[str, Any]:
+def arguments(state: State, names: Names = None) -> dict[str, Any]:
     """The arguments for `Ada2MS` that continue a state: those of its hyperparameters that it knows.
 
+    If the state's groups differ there are `groups`, too, which are for `param_groups`:
+
+        options = arguments(state)
+        params = param_groups(model, options.pop("groups", []), options["lr"], options["betas"])
+        optimizer = Ada2MS(params, **options)
+
+    Args:
+        state: of `export_state`, in this framework or another, or of a file.
+        names: what the state calls a parameter, for each name here, as for `import_state`; no function where groups
+            differ.
+
     Raises:
-        StateError: the state has groups that differ.
+        StateError: the state has groups that differ, and not all hyperparameters of each are known, or `names` is a
+            function.
     """
-    return portable_arguments(state, "torch")
+    return portable_arguments(state, "torch", names)
 
 
 def _named(model: Model) -> Mapping[str, Tensor]:
