@@ -8,7 +8,7 @@ from typing import Any, Final
 
 import numpy as np
 
-from ada2ms.core.state.fit import Axes, Names
+from ada2ms.core.state import Axes, Names
 from ada2ms.core.trace import file
 from ada2ms.core.trace.file import TraceError
 from ada2ms.core.trace.sketch import SUMS, WIDTH, Array, reals, sketch
@@ -156,11 +156,14 @@ def resolve(
         TraceError: names or axes are of parameters that do not exist, or do not fit.
     """
     known, problems, found = {*shapes, *others}, [], []
-    mapping = {own: names(own) for own in shapes} if callable(names) else dict(names or {})
+    given = {own: names(own) for own in shapes} if callable(names) else dict(names or {})
+    # A parameter that is several in a state is one here, in its own layout.
+    mapping = {own: name if isinstance(name, str) else "+".join(name) for own, name in given.items()}
     problems += [f"names: there is no parameter {own!r} here" for own in mapping if own not in known]
     problems += [f"axes: there is no parameter {own!r} here" for own in axes or {} if own not in known]
     for own, (shape, dtype, group) in shapes.items():
-        order = tuple(axes[own]) if axes and own in axes else None
+        way = None if axes is None else axes.get(own)
+        order = None if way is None or callable(way) else tuple(way)
         if order is not None and sorted(order) != list(range(len(shape))):
             problems.append(f"axes: {order!r} of {own!r} is no order of its {len(shape)} axes")
             continue

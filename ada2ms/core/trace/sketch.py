@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 Array = NDArray[Any]
 SUMS: Final = 8
 WIDTH: Final = 1 + SUMS  # a sketch: the norm, then the sums
+MIXING: Final = ((16, 0x7FEB352D), (15, 0x846CA68B), (16, 1))  # shifts and factors of a bijection of 32 bits
 BLOCK: Final = 1024  # entries that are summed in the tensor's own precision, before their sum joins those in float64
 # Of the norm, in units of the precision in which was summed: what sums of a block lose, measured at 1 to 10.
 RESOLUTION: Final = 16.0
@@ -40,7 +41,7 @@ class Signs(NamedTuple):
 def axis_signs(axis: int, start: int, stop: int) -> Array:
     """Signs along an axis of the neutral layout, for the indices from `start` to `stop`: int8, (SUMS, stop - start)."""
     x = np.arange(start, stop, dtype=np.uint64).astype(np.uint32) + np.uint32(0x9E3779B9 * (axis + 1) & 0xFFFFFFFF)
-    for shift, factor in ((16, 0x7FEB352D), (15, 0x846CA68B), (16, 1)):  # a bijection of 32 bits that mixes them well
+    for shift, factor in MIXING:
         x ^= x >> np.uint32(shift)
         x *= np.uint32(factor)
     bits = x >> np.arange(8, 8 + SUMS, dtype=np.uint32)[:, None] & np.uint32(1)

@@ -60,8 +60,19 @@ class Writer:
         """Notes a batch of the step that comes."""
         self._batches.append([fingerprint(array) for array in arrays])
 
-    def loss(self, read: Callable[[], float]) -> None:
-        """Notes a loss of the step that comes; `read` is called when it is written, and does not hold up the device."""
+    def loss(self, read: Callable[[], float], *, late: bool = False) -> None:
+        """Notes a loss of the step that comes; `read` is called when it is written, and does not hold up the device.
+
+        Args:
+            read: gives the loss.
+            late: whether it may come after its step: then it is the last step's if that has fewer losses than batches.
+        """
+        if late and self._waiting and not self._losses:
+            step, losses, _ = self._waiting[-1]
+            if len(losses) < max(1, len(step.batches)):
+                losses.append(read)
+                step.losses = len(losses)
+                return
         self._losses.append(read)
 
     @property

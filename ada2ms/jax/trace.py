@@ -1,0 +1,266 @@
+"""Records what a run does, for `ada2ms trace`: any Optax transformation, in whatever surrounds it.
+
+from ada2ms.jax import Recorder, recorded
+
+with Recorder("run.trace", params, hyper={"lr": 1e-3}) as recorder:
+    optimizer = recorded(optax.adamw(1e-3), recorder)
+    ...                                    # init, jit, scan as ever: the state is that of optax.adamw
+    for x, y in batches:
+        recorder.batch(x, y)
+        params, opt_state, loss = train_step(params, opt_state, x, y)
+        recorder.loss(loss)
+"""
+
+import math
+from collections.abc import Callable, Collection, Mapping
+from functools import partial
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax  # type: ignore[import-untyped]
+from jax.experimental import io_callback
+
+from ada2ms.core.state import Axes, Names
+from ada2ms.core.trace import Parameter, Step, TraceError, Writer
+from ada2ms.core.trace.model import empty_sketches, positions, resolve
+from ada2ms.core.trace.sketch import MIXING, SUMS
+from ada2ms.core.trace.writer import DEFAULT_ENTRIES, DEFAULT_FLUSH, DEFAULT_FULL
+from ada2ms.jax.names import by_path
+
+Hyper = Mapping[str, float | Callable[[int], Any]]
+_NAMES = {"learning_rate": "lr", "beta1": "b1", "beta2": "b2"}
+
+
+class Recorder:
+    """Writes a trace of a run while it goes on; a context manager, for one optimizer.
+
+    Of every update: loss and batch, if told; hyperparameters, which Optax does not tell (but `inject_hyperparams`
+    does); and of each parameter sketches of its value, of its gradient as the optimizer got it, and of the update, for
+    the first steps with entries of the arrays themselves.
+
+    Args:
+        path: of the trace; one that is there is replaced.
+        params: the parameters, or anything with their tree, shapes and types. A leaf's name here is its path,
+            `"dense/kernel"`.
+        names: the neutral name of a leaf, for each name here, as a mapping or a function; those left out keep their
+            names. `plain_layers` has them, and the next.
+        axes: for a name here, how an array of the neutral layout is transposed to have this layout.
+        hyper: what the optimizer was made with, by the names `lr`, `b1`, `b2`, `eps`, `weight_decay`, `adaptivity`
+            and the like: numbers, or schedules of the count of completed updates.
+        optimizer: what it is called, such as "optax.adamw".
+        full: of how many steps to keep entries of the arrays as well.
+        entries: how many entries of each array; of larger ones a sample.
+        flush: after how many steps to write; a run that is killed loses at most these.
+
+    Raises:
+        TraceError: names or axes do not fit.
+        TypeError, ValueError: naming the argument, its value and what is allowed.
+        FileExistsError: the path is of another kind of file.
+    """
+
+    def __init__(
+        self,
+        path: str | Path,
+        params: Any,
+        *,
+        names: Names = None,
+        axes: Axes = None,
+        hyper: Hyper | None = None,
+        optimizer: str = "",
+        full: int = DEFAULT_FULL,
+        entries: int = DEFAULT_ENTRIES,
+        flush: int = DEFAULT_FLUSH,
+    ) -> None:
+        leaves = by_path(params)
+        shapes = {name: (tuple(x.shape), jnp.dtype(x.dtype).name, 0) for name, x in leaves.items()}
+        self.parameters = resolve(shapes, names, axes)
+        self._hyper = dict(hyper or {})
+        for name, value in self._hyper.items():
+            if not callable(value) and not isinstance(value, (int, float)):
+                raise TypeError(f"Invalid hyper: {name!r} is {value!r} (must be a number or a schedule)")
+        self._writer = Writer(path if jax.process_index() == 0 else None, full=full, entries=entries, flush=flush)
+        self._writer.begin(_about(optimizer), self.parameters)
+        self._closed = False
+
+    @property
+    def entries(self) -> int:
+        """How many entries of an array are kept."""
+        return self._writer.entries
+
+    def batch(self, *arrays: Any) -> None:
+        """Notes the arrays of a batch, of the step that comes."""
+        _wait()  # a step that was dispatched before is not the step that comes
+        self._writer.batch([np.asarray(x) for x in arrays])
+
+    def loss(self, loss: Any) -> None:
+        """Notes the loss of the step that comes; or, if a step has had no loss, of the last one."""
+        _wait()
+        self._writer.loss(lambda: float(loss), late=True)
+
+    def close(self) -> None:
+        """Stops recording and writes what waits."""
+        _wait()
+        self._closed = True
+        self._writer.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        self.close()
+
+    def wants_full(self) -> Any:
+        """Whether the step that comes is to have entries of the arrays."""
+        return np.bool_(not self._closed and self._writer.count < self._writer.full)
+
+    def take(self, missing: Collection[str], sketches: Any, hyper: Any, full: Any = None) -> None:
+        """Adds a step; called by the compiled program."""
+        if self._closed:
+            return
+        count = self._writer.count
+        told = {name: value(count) if callable(value) else value for name, value in self._hyper.items()}
+        seen = {_NAMES.get(name, name): float(np.real(value)) for name, value in hyper.items()}
+        step = Step(0, empty_sketches(len(self.parameters)), np.zeros(len(self.parameters), bool))
+        for what, rows in sketches.items():
+            step.sketches[what] = np.array(rows, np.float64)
+        step.missing = np.array([p.own in missing for p in self.parameters], bool)
+        step.hyper = [{name: float(x) for name, x in {**told, **seen}.items() if math.isfinite(float(x))}]
+        for what, arrays in (full or {}).items():
+            step.full[what] = {name: np.array(x) for name, x in arrays.items()}
+        if self._writer.is_due:  # before, since the loss of this one may come after it
+            self._writer.flush()
+        self._writer.add(step)
+
+
+def recorded(optimizer: optax.GradientTransformation, recorder: Recorder) -> optax.GradientTransformationExtraArgs:
+    """A transformation that does what another does and records each update; its state is the other's.
+
+    It works under `jax.jit`, also with sharded arrays and donated buffers, in `lax.scan` and `lax.cond`, and around
+    `optax.MultiSteps` (not within it, which calls its optimizer in every step): then updates are recorded, each with
+    the gradient that was accumulated. It does not work under `vmap` and within `shard_map`, which have no ordered
+    effects.
+
+    Args:
+        optimizer: any.
+        recorder: takes the updates; after it is closed, the transformation goes on without it.
+
+    Raises:
+        TraceError: when it is traced, if the leaves are not those of the recorder.
+    """
+    inner = optax.with_extra_args_support(optimizer)
+
+    def update_fn(updates: Any, state: Any, params: Any = None, **extra_args: Any) -> Any:
+        new_updates, new_state = inner.update(updates, state, params, **extra_args)
+        hyper = _injected(new_state)
+        if not isinstance(state, optax.MultiStepsState):
+            _send(recorder, {"value": params, "gradient": updates, "update": new_updates}, hyper)
+            return new_updates, new_state
+
+        def send(_: Any) -> None:
+            mean = getattr(optimizer, "_use_grad_mean", True)
+            whole = jax.tree.map(
+                lambda acc, g: acc + (g - acc) / (state.mini_step + 1) if mean else acc + g, state.acc_grads, updates
+            )
+            _send(recorder, {"value": params, "gradient": whole, "update": new_updates}, hyper)
+
+        jax.lax.cond(new_state.gradient_step != state.gradient_step, send, lambda _: None, 0)
+        return new_updates, new_state
+
+    return optax.GradientTransformationExtraArgs(inner.init, update_fn)
+
+
+def _send(recorder: Recorder, trees: Mapping[str, Any], hyper: dict[str, Any]) -> None:
+    leaves = {what: by_path(tree) for what, tree in trees.items() if tree is not None}
+    known = {p.own for p in recorder.parameters}
+    if strange := sorted({name for each in leaves.values() for name in each} - known):
+        raise TraceError(
+            f"The recorder does not know these leaves: {strange} (give it the parameters of the optimizer)"
+        )
+    sketches = {
+        what: jnp.stack([_sketch(found.get(p.own), p) for p in recorder.parameters]) for what, found in leaves.items()
+    }
+    missing = known - set(leaves["gradient"])
+
+    def with_entries(_: Any) -> None:
+        full = {
+            what: {p.name: _entries(found[p.own], p, recorder.entries) for p in recorder.parameters if p.own in found}
+            for what, found in leaves.items()
+        }
+        io_callback(partial(recorder.take, missing), None, sketches, hyper, full, ordered=True)
+
+    def without(_: Any) -> None:
+        io_callback(partial(recorder.take, missing), None, sketches, hyper, ordered=True)
+
+    wanted = io_callback(recorder.wants_full, np.bool_(False), ordered=True)
+    jax.lax.cond(wanted, with_entries, without, 0)
+
+
+def _sketch(x: Any, parameter: Parameter) -> jax.Array:
+    """The sketch of an array within a compiled program; NaN for what is missing.
+
+    Summed axis by axis, from the last one, so that a sharded array stays where it is.
+    """
+    if x is None:
+        return jnp.full(1 + SUMS, jnp.nan)
+    order = list(range(x.ndim)) if parameter.axes is None else list(parameter.axes)
+    if jnp.iscomplexobj(x):
+        order.append(x.ndim)
+        x = jnp.stack([x.real, x.imag], -1)
+    wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
+    norm = jnp.sqrt(jnp.sum(jnp.square(wide)))
+    if wide.ndim == 0:
+        return jnp.concatenate([norm[None], jnp.full(SUMS, wide)])
+    each = [_axis_signs(axis, size).astype(wide.dtype) for axis, size in zip(order, wide.shape, strict=True)]
+    sums = jnp.einsum("...n,kn->k...", wide, each[-1], precision="highest")
+    for along in reversed(each[:-1]):
+        sums = jnp.einsum("k...n,kn->k...", sums, along, precision="highest")
+    return jnp.concatenate([norm[None], sums])
+
+
+def _axis_signs(axis: int, size: int) -> jax.Array:
+    """As `ada2ms.core.trace.sketch.axis_signs`, computed by the program, which would else hold them as constants."""
+    x = jnp.arange(size, dtype=jnp.uint32) + np.uint32(0x9E3779B9 * (axis + 1) & 0xFFFFFFFF)
+    for shift, factor in MIXING:
+        x = x ^ (x >> np.uint32(shift))
+        x = x * np.uint32(factor)
+    bits: jax.Array = x >> np.arange(8, 8 + SUMS, dtype=np.uint32)[:, None] & np.uint32(1)
+    return 1 - 2 * bits.astype(jnp.int32)
+
+
+def _entries(x: Any, parameter: Parameter, limit: int) -> jax.Array:
+    """As `ada2ms.core.trace.model.sample`."""
+    if parameter.axes is not None:
+        x = x.transpose(np.argsort(parameter.axes))
+    if jnp.iscomplexobj(x):
+        x = jnp.stack([x.real, x.imag], -1)
+    x = x.astype(jnp.promote_types(x.dtype, jnp.float32))
+    kept: jax.Array = x if x.size <= limit else x.reshape(-1)[positions(x.size, limit)]
+    return kept
+
+
+def _injected(state: Any) -> dict[str, Any]:
+    """The hyperparameters that states of `optax.inject_hyperparams` hold."""
+    found: dict[str, Any] = {}
+    for node in jax.tree.leaves(state, is_leaf=lambda x: hasattr(x, "hyperparams")):
+        found.update(getattr(node, "hyperparams", {}))
+    return {name: x for name, x in found.items() if jnp.ndim(x) == 0}
+
+
+def _wait() -> None:
+    """Until all callbacks of what was dispatched have run."""
+    jax.effects_barrier()  # type: ignore[no-untyped-call]
+
+
+def _about(optimizer: str) -> dict[str, Any]:
+    return {
+        "framework": "jax",
+        "source": f"jax {jax.__version__} and optax {optax.__version__} on {jax.default_backend()}",
+        "optimizer": optimizer or "an optax transformation",
+        "matmul": str(jax.config.values.get("jax_default_matmul_precision") or "default"),
+        "processes": jax.process_count(),
+        "devices": jax.device_count(),
+    }

@@ -1,0 +1,251 @@
+"""Records what a run does, for `ada2ms trace`: any Keras optimizer, on any Keras backend.
+
+from ada2ms.tf import Recorder, plain_layers
+
+model.compile(optimizer="adamw", loss="mse", run_eagerly=True)
+with Recorder("run.trace", model, **plain_layers(model)) as recorder:
+    model.fit(x, y, callbacks=[recorder])
+"""
+
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+import keras
+import numpy as np
+from keras import ops
+
+from ada2ms.core.hyperparameters import value_at
+from ada2ms.core.state import Axes, Names
+from ada2ms.core.trace import Step, TraceError, Writer
+from ada2ms.core.trace.model import empty_sketches, resolve, sample
+from ada2ms.core.trace.sketch import sketch
+from ada2ms.core.trace.writer import DEFAULT_ENTRIES, DEFAULT_FLUSH, DEFAULT_FULL
+
+_HYPER = {  # Keras' names of hyperparameters, and the neutral ones
+    "beta_1": "b1",
+    "beta_2": "b2",
+    "epsilon": "eps",
+    "weight_decay": "weight_decay",
+    "momentum": "momentum",
+    "nesterov": "nesterov",
+    "rho": "rho",
+    "amsgrad": "amsgrad",
+    "clipnorm": "clipnorm",
+    "global_clipnorm": "global_clipnorm",
+    "clipvalue": "clipvalue",
+}
+
+
+class Recorder(keras.callbacks.Callback):  # type: ignore[misc]
+    """Writes a trace of a run while it goes on; a context manager, and a callback for `fit`.
+
+    Of every update: loss and batch; hyperparameters; and of each variable sketches of its value, of its gradient as the
+    optimizer got it (as unscaled, before clipping, and the mean of those that it accumulates), and of the update, for
+    the first steps with entries of the arrays themselves. Sketches are made by NumPy.
+
+    As a callback it takes batches and losses from `fit`. In a loop of your own call `batch` and `loss`. Either way the
+    steps must run eagerly: `model.compile(..., run_eagerly=True)`; on torch they do.
+
+    Args:
+        path: of the trace; one that is there is replaced.
+        model: compiled; or any, if the optimizer is given.
+        optimizer: the one to record; by default the model's.
+        names: the neutral name of a variable, for each path here, as a mapping or a function; those left out keep their
+            paths. `plain_layers` has them, and the next.
+        axes: for a path here, how an array of the neutral layout is transposed to have this layout.
+        full: of how many steps to keep entries of the arrays as well.
+        entries: how many entries of each array; of larger ones a sample.
+        flush: after how many steps to write; a run that is killed loses at most these.
+
+    Raises:
+        TraceError: names or axes do not fit, or there is no optimizer.
+        ValueError: naming the argument, its value and what is allowed.
+        FileExistsError: the path is of another kind of file.
+    """
+
+    def __init__(
+        self,
+        path: str | Path,
+        model: keras.Model,
+        optimizer: keras.optimizers.Optimizer | None = None,
+        *,
+        names: Names = None,
+        axes: Axes = None,
+        full: int = DEFAULT_FULL,
+        entries: int = DEFAULT_ENTRIES,
+        flush: int = DEFAULT_FLUSH,
+    ) -> None:
+        super().__init__()
+        optimizer = getattr(model, "optimizer", None) if optimizer is None else optimizer
+        if optimizer is None:
+            raise TraceError("The model has no optimizer (compile it first, or give the optimizer)")
+        self._optimizer = getattr(optimizer, "inner_optimizer", optimizer)  # of a LossScaleOptimizer
+        self._model = model
+        shapes = {v.path: (tuple(v.shape), _dtype(v), 0) for v in model.trainable_variables}
+        self.parameters = resolve(shapes, names, axes, [v.path for v in model.variables])
+        self._writer = Writer(path, full=full, entries=entries, flush=flush)
+        self._writer.begin(_about(self._optimizer), self.parameters)
+        self._sum: dict[str, Any] = {}  # gradients that are accumulated, as the optimizer does
+        self._apply, self._compute_loss = self._optimizer.apply, model.compute_loss
+        self._optimizer.apply = self._recorded_apply
+        self._in_fit = False
+
+    def batch(self, *arrays: Any) -> None:
+        """Notes the arrays of a batch, of the step that comes."""
+        self._writer.batch([_numpy(x) for x in arrays])
+
+    def loss(self, loss: Any) -> None:
+        """Notes the loss of the step that comes; or, if a step has had no loss, of the last one."""
+        value = float(_numpy(loss))
+        self._writer.loss(lambda: value, late=True)
+
+    def close(self) -> None:
+        """Stops recording and writes what waits."""
+        if vars(self._optimizer).get("apply") is not None:
+            del self._optimizer.apply
+        self.on_train_end()
+        self._writer.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        self.close()
+
+    def on_train_begin(self, logs: dict[str, Any] | None = None) -> None:
+        """Makes sure that steps run eagerly, and begins to look at batches."""
+        if keras.backend.backend() != "torch" and not self._model.run_eagerly:
+            raise TraceError("A Recorder needs steps that run eagerly: model.compile(..., run_eagerly=True)")
+        self._in_fit = True
+        self._model.compute_loss = self._observed_loss
+
+    def on_train_end(self, logs: dict[str, Any] | None = None) -> None:
+        """Stops looking at batches."""
+        if self._in_fit:
+            self._in_fit = False
+            del self._model.compute_loss
+
+    def _observed_loss(self, *args: Any, **kwargs: Any) -> Any:
+        """The loss of a batch of `fit`, noted with the batch. JAX is differentiating it: only without gradient has it
+        a value.
+        """
+        loss = self._compute_loss(*args, **kwargs)
+        given = dict(zip(("x", "y", "y_pred", "sample_weight"), args, strict=False)) | kwargs
+        arrays = [x for name in ("x", "y", "sample_weight") for x in _leaves(given.get(name))]
+        self.batch(*arrays)
+        value = float(_numpy(ops.stop_gradient(loss)))
+        self._writer.loss(lambda: value)
+        return loss
+
+    def _recorded_apply(self, grads: Any, trainable_variables: Any = None) -> Any:
+        optimizer = self._optimizer
+        grads = list(grads)
+        if keras.backend.backend() == "jax" and any(_is_traced(g) for g in grads):
+            raise TraceError("A Recorder needs steps that run eagerly: no jit, and no LossScaleOptimizer on JAX")
+        given = list(optimizer._trainable_variables if trainable_variables is None else trainable_variables)
+        values = {v.path: v for v in given}
+        gradients = {v.path: None if g is None else _array(g) for v, g in zip(given, grads, strict=True)}
+        every = optimizer.gradient_accumulation_steps or 1
+        if every > 1:
+            for path, g in gradients.items():
+                self._sum[path] = g if self._sum.get(path) is None else self._sum[path] + (0 if g is None else g)
+            if (int(_numpy(optimizer._iterations)) + 1) % every:
+                return self._apply(grads, trainable_variables)
+            gradients = {path: None if g is None else g / every for path, g in self._sum.items()}
+            self._sum = {}
+        before = {path: np.array(_array(v)) for path, v in values.items()}
+        hyper = _hyper(optimizer)
+        result = self._apply(grads, trainable_variables)
+        self._add(before, gradients, {path: _array(v) for path, v in values.items()}, hyper)
+        return result
+
+    def _add(self, before: Any, gradients: Any, after: Any, hyper: dict[str, float]) -> None:
+        if self._writer.is_due:  # before, since the loss of this step may come after it
+            self._writer.flush()
+        step = Step(0, empty_sketches(len(self.parameters)), np.zeros(len(self.parameters), bool), hyper=[hyper])
+        full = self._writer.count < self._writer.full
+        for i, p in enumerate(self.parameters):
+            g = gradients.get(p.own)
+            step.missing[i] = g is None
+            found = {"gradient": g}
+            if p.own in before:
+                found |= {"value": before[p.own], "update": _difference(after[p.own], before[p.own])}
+            for what, array in found.items():
+                if array is not None:
+                    step.sketches[what][i] = sketch(array, p.axes)
+                    if full:
+                        step.full.setdefault(what, {})[p.name] = sample(array, p, self._writer.entries)
+        self._writer.add(step)
+
+
+def _is_traced(x: Any) -> bool:
+    import jax
+
+    return isinstance(x, jax.core.Tracer)
+
+
+def _difference(after: Any, before: Any) -> Any:
+    wide = np.result_type(after, np.float32)
+    return after.astype(wide) - before.astype(wide)
+
+
+def _leaves(x: Any) -> list[Any]:
+    if x is None:
+        return []
+    if isinstance(x, Mapping):
+        return [leaf for key in sorted(x) for leaf in _leaves(x[key])]
+    if isinstance(x, (list, tuple)):
+        return [leaf for each in x for leaf in _leaves(each)]
+    return [x]
+
+
+def _hyper(optimizer: Any) -> dict[str, float]:
+    """The numbers among the hyperparameters, by neutral names."""
+    found = {"lr": float(_numpy(optimizer.learning_rate))}
+    for own, name in _HYPER.items():
+        value = getattr(optimizer, own, None)
+        if isinstance(value, (int, float)) and math.isfinite(value):
+            found[name] = float(value)
+    if "weight_decay" not in found:
+        found["weight_decay"] = 0.0
+    adaptivity = getattr(optimizer, "adaptivity", None)
+    if adaptivity is not None:
+        count = int(_numpy(optimizer._global_step)) if optimizer.built else 0
+        found["adaptivity"] = float(_numpy(value_at(adaptivity, count)))
+    return found
+
+
+def _about(optimizer: Any) -> dict[str, Any]:
+    backend = keras.backend.backend()
+    kind = type(optimizer)
+    module = "keras.optimizers" if kind.__module__.startswith("keras.") else kind.__module__
+    return {
+        "framework": "keras",
+        "source": f"keras {keras.__version__} on {backend}",
+        "optimizer": f"{module}.{kind.__name__}",
+        "started": bool(optimizer.built) and int(_numpy(optimizer.iterations)) > 0,
+        "matmul": "default",
+        "processes": 1,
+    }
+
+
+def _dtype(variable: Any) -> str:
+    return str(keras.backend.standardize_dtype(variable.dtype))
+
+
+def _array(x: Any) -> Any:
+    """An array of NumPy, of at least float32; a copy where memory might be shared with what changes."""
+    x = _numpy(x)
+    return x if x.dtype.itemsize >= 4 else x.astype(np.float32)
+
+
+def _numpy(x: Any) -> Any:
+    if hasattr(x, "indices") and hasattr(x, "values") and hasattr(x, "dense_shape"):  # IndexedSlices of TensorFlow
+        import tensorflow as tf
+
+        x = tf.convert_to_tensor(x)
+    value = getattr(x, "value", x) if isinstance(x, keras.Variable) else x
+    return np.asarray(ops.convert_to_numpy(value)) if hasattr(value, "dtype") else np.asarray(value)
