@@ -8,6 +8,7 @@ import numpy as np
 
 from ada2ms import core
 from ada2ms.core import golden
+from ada2ms.core.hyperparameters import to_arguments
 from ada2ms.core.spec import BFLOAT16, rounded, widen
 from support import (
     Array,
@@ -18,7 +19,6 @@ from support import (
     hyperparameters,
     named_groups,
     of_group,
-    only_group,
     place,
     recorded,
     require_device,
@@ -138,18 +138,20 @@ def replay_keras(case: golden.Case, dtype: str, device: str) -> Iterator[Snapsho
 
     from ada2ms.tf import Ada2MS
 
-    hyper = only_group(case)
-    names = {"b1": "beta_1", "b2": "beta_2", "eps": "epsilon"}
-    model = case.scope == "model"
+    initial = [p for group in case.groups for p in group.params]
+    called = [f"variable_{i}" for i in range(len(initial))]
+    hyper, groups = named_groups(case, called)
+    hyper |= {name: getattr(case, name) for name in ("scope", "nonfinite", "max_norm", "compensated")}
     with settings("keras", dtype, device):
-        variables = [keras.Variable(p, dtype=dtype) for group in case.groups for p in group.params]
-        optimizer = Ada2MS(
-            case.groups[0].lr[0],
-            **{names.get(name, name): value for name, value in hyper.items()},
-            scope=case.scope,
-            nonfinite=case.nonfinite,
-        )
+        variables = [
+            keras.Variable(p, dtype=kind, name=name)
+            for p, kind, name in zip(initial, dtypes(case, dtype), called, strict=True)
+        ]
+        optimizer = Ada2MS(case.groups[0].lr[0], **to_arguments(hyper, "keras"), groups=groups)
         optimizer.build(variables)
+        # The first variable of each group, by which its global second moment is found.
+        first = [sum(len(g.params) for g in case.groups[:i]) for i in range(len(case.groups))]
+        moments = [optimizer._grouping.moment_of[i] for i in first]
 
         # A thousand small steps one operation at a time take ten seconds; and so the long cases see compiled code.
         apply = keras_compiled(optimizer, variables) if len(case.gradients) > 100 else optimizer.apply
@@ -157,18 +159,21 @@ def replay_keras(case: golden.Case, dtype: str, device: str) -> Iterator[Snapsho
         def numpy(x: Any) -> Array:
             return np.asarray(keras.ops.convert_to_numpy(x), np.float64)
 
+        def of_groups(x: Any) -> Array:
+            return np.broadcast_to(numpy(x), max(moments) + 1)[moments]
+
         def snapshot() -> Snapshot:
             slots = {v.path.rpartition("/")[2]: v for v in optimizer.variables}
+            compensations = optimizer._compensations or [None] * len(variables)
             return Snapshot(
                 [numpy(v) for v in variables],
                 [numpy(v) for v in optimizer._momentums],
                 [numpy(v) for v in optimizer._velocities],
                 step=[int(t) for t in numpy(slots["steps"])],
-                s=[float(numpy(slots["global_velocity"]))] * len(case.groups)
-                if model
-                else [float(s) for s in numpy(slots["global_velocity"])],
-                k=[int(numpy(slots["global_step"]))] * len(case.groups),
+                s=(of_groups if case.scope == "model" else numpy)(slots["global_velocity"]).tolist(),
+                k=of_groups(slots["global_step"]).astype(int).tolist(),
                 skipped=int(numpy(slots["skipped"])),
+                compensation=[None if x is None else numpy(x) for x in compensations],
             )
 
         for i, gradients in enumerate(case.gradients):

@@ -28,9 +28,6 @@ needs_compiler = pytest.mark.skipif(
 # What a backend does not have yet, by the names of its arguments here; to be empty.
 NOT_YET = {
     ("torch", "compensated"),
-    ("keras", "max_norm"),
-    ("keras", "compensated"),
-    ("keras", "groups"),
 }
 
 

@@ -13,6 +13,11 @@ def compute_dtype(dtype: Any) -> str:
     return "float64" if keras.backend.standardize_dtype(dtype) == "float64" else "float32"
 
 
+def is_16_bit(dtype: Any) -> bool:
+    """Whether it is float16 or bfloat16."""
+    return keras.backend.standardize_dtype(dtype) in ("float16", "bfloat16")
+
+
 def cast(x: Tensor | float, dtype: str) -> Tensor | float:
     """A tensor in this type; a float stays one, since it has no type that would widen others."""
     return x if isinstance(x, float) else ops.cast(x, dtype)

@@ -12,10 +12,7 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-import keras
-from keras.src.backend.common.global_state import get_global_attribute
-
-_AUTOMATIC = re.compile(r"(?:forward_|backward_)?(.+?)((?:_\d+)?)")  # of a layer: the class, and a number
+from ada2ms.tf.paths import names_of_classes, path_of, same_class, same_order, same_paths
 
 
 @dataclass(frozen=True)
@@ -62,17 +59,18 @@ class Exclusions:
 
     def found(self, paths: Sequence[str]) -> set[int]:
         """Positions of the variables, among these of a model of now, that were excluded when this was saved."""
-        if self._same_paths(paths):
+        if same_paths(self.variables, paths):
             return {paths.index(self.variables[i]) for i in self.excluded}
-        if self._same_order(paths):
+        if same_order(self.variables, paths):
             return set(self.excluded)
         return self.by_name(paths) | self._by_path(paths)
 
     def in_doubt(self, paths: Sequence[str]) -> list[str]:
         """Paths of excluded variables that are nowhere among those of now, or could be several of them."""
-        if self._same_paths(paths) or tuple(paths) == self.variables:
+        if same_paths(self.variables, paths) or tuple(paths) == self.variables:
             return []
-        if self._same_order(paths):  # numbered anew; or the next layers of a model, whose names Keras has numbered too
+        # Numbered anew; or the next layers of a model, whose names Keras has numbered too.
+        if same_order(self.variables, paths):
             before = {self.variables[i] for i in self.excluded}
             elsewhere = {i for i, path in enumerate(paths) if path in before} != set(self.excluded)
             return sorted(before) if before <= set(paths) and elsewhere else []
@@ -83,12 +81,12 @@ class Exclusions:
 
     def numbered(self) -> list[str]:
         """Paths in `var_list` with layers that Keras has named, and so may number anew."""
-        classes = _names_of_classes()
-        return [x for x in self.var_list if any(_same_class(name, name, classes) for name in x.split("/")[:-1])]
+        classes = names_of_classes()
+        return [x for x in self.var_list if any(same_class(name, name, classes) for name in x.split("/")[:-1])]
 
     def built(self, paths: Sequence[str], excluded: Collection[int]) -> "Exclusions":
         """With what it means for these variables; what was saved of the same variables stays as it is."""
-        if not self or self._same_paths(paths) or self._same_order(paths):
+        if not self or same_paths(self.variables, paths) or same_order(self.variables, paths):
             return self
         return replace(self, variables=tuple(paths), excluded=tuple(sorted(excluded)))
 
@@ -115,17 +113,6 @@ class Exclusions:
         others = [x for x in self.variables if alike and _ends_alike(x, paths[alike[0]]) and x not in wanted]
         return alike if len(alike) == 1 and not others else []
 
-    def _same_paths(self, paths: Sequence[str]) -> bool:
-        return len(set(paths)) == len(paths) == len(self.variables) and set(paths) == set(self.variables)
-
-    def _same_order(self, paths: Sequence[str]) -> bool:
-        """Whether these differ from those of before in no more than their beginnings, and in numbers of Keras."""
-        if len(paths) != len(self.variables):
-            return False
-        classes = _names_of_classes()
-        pairs = zip(paths, self.variables, strict=True)
-        return all(_same_but_for_numbers(path, other, classes) for path, other in pairs)
-
     def to_config(self) -> dict[str, Any]:
         """Plain data, for `from_config`."""
         return {name: list(value) for name, value in vars(self).items() if value}
@@ -136,43 +123,8 @@ class Exclusions:
         return cls(**{name: tuple(value) for name, value in config.items()})
 
 
-def path_of(variable: Any) -> str:
-    """A variable's path; a `tf.Variable` has a name only."""
-    return str(getattr(variable, "path", variable.name))
-
-
 def _ends_alike(path: str, other: str) -> bool:
     """Whether the shorter one, of a layer and a variable at least, ends the longer one."""
     one, two = path.split("/"), other.split("/")
     n = min(len(one), len(two))
     return n > 1 and one[-n:] == two[-n:]
-
-
-def _same_but_for_numbers(path: str, other: str, classes: Collection[str]) -> bool:
-    one, two = path.split("/"), other.split("/")
-    n = min(len(one), len(two))
-    return all(x == y or _same_class(x, y, classes) for x, y in zip(one[-n:], two[-n:], strict=True))
-
-
-def _same_class(name: str, other: str, classes: Collection[str]) -> bool:
-    """Whether both may be names that Keras has given to layers of a class: `"dense"`, `"dense_2"`.
-
-    A user's own names are like those too, `"block_2"` of a class Block: Keras counts how many it has given.
-    """
-    one, two = _AUTOMATIC.fullmatch(name), _AUTOMATIC.fullmatch(other)
-    if not one or not two or name.removesuffix(one[2]) != other.removesuffix(two[2]):
-        return False
-    counts = get_global_attribute("object_name_uids") or {}  # keras.backend.get_uid gives them too, but also counts
-    return one[1] in classes or counts.get(one[1], 0) > int(one[2][1:] or 0)
-
-
-def _names_of_classes() -> set[str]:
-    """Keras' names, but for a number, of its own layers, models and variables."""
-    found, waiting = set(), [keras.layers.Layer, keras.Variable]
-    while waiting:
-        kind = waiting.pop()
-        waiting += kind.__subclasses__()
-        if kind.__module__.startswith("keras."):
-            name = re.sub("(.)([A-Z][a-z]+)", r"\1_\2", kind.__name__)
-            found.add(re.sub("([a-z])([A-Z])", r"\1_\2", name).lower())
-    return found

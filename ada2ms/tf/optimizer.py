@@ -8,11 +8,23 @@ from typing import Any
 import keras
 from keras import ops
 
-from ada2ms.core import schedules
-from ada2ms.core.hyperparameters import DEFAULT_NONFINITE, DEFAULT_SCOPE, DEFAULTS, Nonfinite, Scope, check
+from ada2ms.core.groups import Group, check_groups
+from ada2ms.core.hyperparameters import (
+    DEFAULT_COMPENSATED,
+    DEFAULT_MAX_NORM,
+    DEFAULT_NONFINITE,
+    DEFAULT_SCOPE,
+    DEFAULTS,
+    Nonfinite,
+    Scope,
+    check,
+)
+from ada2ms.tf import config as plain
 from ada2ms.tf import saving
-from ada2ms.tf.dtypes import compute_dtype, to_dense
-from ada2ms.tf.exclusions import Exclusions, path_of
+from ada2ms.tf.dtypes import compute_dtype, is_16_bit, to_dense
+from ada2ms.tf.exclusions import Exclusions
+from ada2ms.tf.groups import Grouping
+from ada2ms.tf.paths import path_of
 from ada2ms.tf.reduce import Reducing, Sums
 from ada2ms.tf.step import take_step
 
@@ -54,8 +66,18 @@ class Ada2MS(Reducing):
         nonfinite: `"propagate"`, or `"skip"`: a step with a gradient that is not finite changes neither variables nor
             state; it counts in the optimizer's variable `skipped` and, as all calls of `apply` do, in `iterations`.
             Defaults to `"propagate"`.
-        name, clipnorm, clipvalue, global_clipnorm, use_ema, ema_momentum, ema_overwrite_frequency, loss_scale_factor,
+        global_clipnorm: None; or a number above 0, which may be infinite: gradients whose norm, over all variables of
+            this optimizer, is larger are scaled down to it, before all of the rule. It is the norm of the gradients
+            that the rule is given, which the step has anyway: after unscaling and accumulation, and of all replicas
+            together. `Ada2MSLogger` logs it. 0 is None, as in Keras. Defaults to `None`.
+        name, clipnorm, clipvalue, use_ema, ema_momentum, ema_overwrite_frequency, loss_scale_factor,
             gradient_accumulation_steps: as in every Keras optimizer. Clipping comes before all of the rule.
+        compensated: whether variables of float16 and bfloat16 keep what their rounding loses, in a state `compensation`
+            of their own type, so that small updates add up. Others ignore it. Defaults to `False`.
+        groups: `ada2ms.core.Group`s: variables with hyperparameters of their own. A group's `match` is searched in a
+            variable's path, `"encoder/dense/kernel"`; a variable is in the first group that matches. All groups share
+            one mean of squares; those with another `b2` have a `global_velocity` of theirs. Variables that are excluded
+            from weight decay have none in any group. Defaults to `None`.
 
     Raises:
         TypeError, ValueError: naming the argument, its value and what is allowed.
@@ -92,13 +114,16 @@ class Ada2MS(Reducing):
         nonfinite: Nonfinite = DEFAULT_NONFINITE,
         clipnorm: float | None = None,
         clipvalue: float | None = None,
-        global_clipnorm: float | None = None,
+        global_clipnorm: float | None = DEFAULT_MAX_NORM,
         use_ema: bool = False,
         ema_momentum: float = 0.99,
         ema_overwrite_frequency: int | None = None,
         loss_scale_factor: float | None = None,
         gradient_accumulation_steps: int | None = None,
         name: str | None = None,
+        *,
+        compensated: bool = DEFAULT_COMPENSATED,
+        groups: Sequence[Group] | None = None,
         **kwargs: Any,
     ) -> None:
         check("lr", learning_rate, "learning_rate")
@@ -128,6 +153,9 @@ class Ada2MS(Reducing):
         self.adaptivity = adaptivity
         self.scope = scope
         self.nonfinite = nonfinite
+        check("compensated", compensated)
+        self._compensated = bool(compensated)
+        self._grouping = Grouping(check_groups(groups))
         self._exclusions = Exclusions()
         self._excluded_keys: frozenset[Any] | None = frozenset()  # None: of a configuration, which has paths only
 
@@ -169,16 +197,31 @@ class Ada2MS(Reducing):
         check("nonfinite", nonfinite)
         self._nonfinite = nonfinite
 
+    @property
+    def compensated(self) -> bool:
+        """As given; the state's shape depends on it."""
+        return self._compensated
+
+    @property
+    def groups(self) -> tuple[Group, ...]:
+        """As given; the state's shape depends on them."""
+        return self._grouping.groups
+
     def build(self, variables: list[Variable]) -> None:
         """Creates the state: two slots for each variable, of its shape, and four small variables for all of them.
+
+        With `compensated` there is a third slot for each 16-bit variable, and with `global_clipnorm` a fifth small
+        variable: the norm of the last step's gradients before clipping.
 
         Variables that their gradients overwrite, such as the scales of a float8 layer, have no slots, as in Keras' own
         optimizers.
         """
         if self.built:
             return
+        updated = tuple(i for i, v in enumerate(variables) if not getattr(v, "overwrite_with_gradient", False))
+        self._grouping = self._grouping.built(updated, variables, self.beta_2)  # may refuse, and nothing has changed
         super().build(variables)
-        self._updated = tuple(i for i, v in enumerate(variables) if not getattr(v, "overwrite_with_gradient", False))
+        self._updated = updated
         self._find_excluded()
         momentums: list[Variable | None] = [None] * len(variables)
         velocities = momentums.copy()
@@ -195,10 +238,20 @@ class Ada2MS(Reducing):
         self._numel = tuple(math.prod(v.shape) for v in variables)
         dtypes = {compute_dtype(variables[i].dtype) for i in self._updated}
         self._dtype = "float64" if "float64" in dtypes else "float32"
-        self._global_velocity = add("global_velocity", self._dtype, () if self.scope == "model" else (n,))
-        self._global_step = add("global_step", "int")
+        several = (len(self._grouping.moments),) if len(self._grouping.moments) > 1 and self.scope == "model" else ()
+        self._global_velocity = add("global_velocity", self._dtype, several if self.scope == "model" else (n,))
+        self._global_step = add("global_step", "int", several)
         self._steps = add("steps", "int", (n,))
         self._skipped = add("skipped", "int")
+        self._compensations = self._build_compensations() if self.compensated else None
+        self._gradient_norm = None if self._max_norm() is None else add("gradient_norm", self._dtype)
+
+    def _build_compensations(self) -> list[Variable | None]:
+        half = [i in self._updated and is_16_bit(v.dtype) for i, v in enumerate(self._trainable_variables)]
+        return [
+            self.add_variable_from_reference(v, name="compensation") if is_half else None
+            for v, is_half in zip(self._trainable_variables, half, strict=True)
+        ]
 
     def apply(self, grads: Sequence[Tensor | None], trainable_variables: Sequence[Variable] | None = None) -> None:
         """Updates the variables by gradients of their shapes; None leaves a variable and its state alone.
@@ -276,8 +329,7 @@ class Ada2MS(Reducing):
     ) -> Variable:
         """As in every Keras optimizer, but slots of 16-bit variables are float32, which averages need to move."""
         # Moving averages of the variables (use_ema) stay as they are: Keras assigns them without a cast.
-        half = dtype is not None and keras.backend.standardize_dtype(dtype) in ("float16", "bfloat16")
-        if half and not str(kwargs.get("name")).endswith("average"):
+        if dtype is not None and is_16_bit(dtype) and not str(kwargs.get("name")).endswith(("average", "compensation")):
             dtype = "float32"
         return super().add_variable(shape, initializer, dtype, *args, **kwargs)
 
@@ -307,19 +359,16 @@ class Ada2MS(Reducing):
                 "the optimizer first, optimizer.build(model.trainable_variables), or use var_names",
                 stacklevel=2,
             )
-        adaptivity: Any = self.adaptivity
-        if isinstance(adaptivity, schedules.AdaptivitySchedule):
-            adaptivity = adaptivity.to_dict()
-        elif callable(adaptivity):
-            adaptivity = keras.saving.serialize_keras_object(adaptivity)
         exclusions = {"exclude_from_weight_decay": self._exclusions.to_config()} if self._exclusions else {}
         return {
             **super().get_config(),
             **exclusions,
+            **plain.grouping_to_config(self._grouping),
+            **({"compensated": True} if self.compensated else {}),
             "beta_1": self.beta_1,
             "beta_2": self.beta_2,
             "epsilon": self.epsilon,
-            "adaptivity": adaptivity,
+            "adaptivity": plain.adaptivity_to_config(self.adaptivity),
             "scope": self.scope,
             "nonfinite": self.nonfinite,
         }
@@ -328,13 +377,13 @@ class Ada2MS(Reducing):
     def from_config(cls, config: dict[str, Any], custom_objects: dict[str, Any] | None = None) -> "Ada2MS":
         """The optimizer that `get_config` described."""
         config = dict(config)
-        adaptivity = config.get("adaptivity")
-        if isinstance(adaptivity, dict) and "schedule" in adaptivity:
-            config["adaptivity"] = schedules.from_dict(adaptivity)
-        elif isinstance(adaptivity, dict):
-            config["adaptivity"] = keras.saving.deserialize_keras_object(adaptivity, custom_objects=custom_objects)
-        exclusions = config.pop("exclude_from_weight_decay", None)
+        if "adaptivity" in config:
+            config["adaptivity"] = plain.adaptivity_from_config(config["adaptivity"], custom_objects)
+        if "groups" in config:
+            config["groups"] = plain.groups_from_config(config["groups"], custom_objects)
+        exclusions, grouped = config.pop("exclude_from_weight_decay", None), config.pop("grouped", None)
         optimizer: Ada2MS = super().from_config(config, custom_objects=custom_objects)
+        optimizer._grouping = plain.grouping_from_config(optimizer.groups, grouped)
         if exclusions:
             optimizer._exclusions, optimizer._excluded_keys = Exclusions.from_config(exclusions), None
         return optimizer

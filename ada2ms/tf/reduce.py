@@ -3,7 +3,8 @@
 What is global must be computed after clipping, accumulation and unscaling, and with TensorFlow's distribution
 strategies from gradients that are summed over replicas. Two hooks of Keras' optimizers are called then and there:
 `_backend_update_step` on every backend, and, from within it, `_distributed_tf_update_step` on TensorFlow. Keras' own
-optimizers (Nadam and others) override them for the same reason.
+optimizers (Nadam and others) override them for the same reason. In a third, `_clip_gradients`, Keras would clip by the
+norm of all gradients, on each replica by that of its own; here the step does, by the sums that it has.
 """
 
 import math
@@ -13,11 +14,14 @@ from typing import Any, NamedTuple
 import keras
 from keras import ops
 
+from ada2ms.core.hyperparameters import as_float, check
+
 Tensor = Any  # of whichever backend Keras runs on
 Variable = Any  # a keras.Variable, or the backend's own
 
 _HOOKS = (
     "_backend_update_step",
+    "_clip_gradients",
     *(["_distributed_tf_update_step"] if keras.backend.backend() == "tensorflow" else []),
 )
 _MISSING = [hook for hook in _HOOKS if not hasattr(keras.optimizers.Optimizer, hook)]
@@ -40,6 +44,27 @@ class Reducing(keras.optimizers.Optimizer):  # type: ignore[misc]
 
     _global_velocity: Variable  # with TensorFlow's strategies a variable that every replica has
     _dtype: str  # of the sums
+    _global_clipnorm: float | None
+
+    @property
+    def global_clipnorm(self) -> float | None:
+        """As given; it may be replaced at any time, like `adaptivity`."""
+        return self._global_clipnorm
+
+    @global_clipnorm.setter
+    def global_clipnorm(self, global_clipnorm: float | None) -> None:
+        if isinstance(global_clipnorm, bool) or global_clipnorm != 0:  # which in Keras is None
+            check("max_norm", global_clipnorm, "global_clipnorm")
+        self._global_clipnorm = None if global_clipnorm is None else as_float(global_clipnorm)
+
+    def _max_norm(self) -> float | None:
+        """The norm that the step clips by: in Keras, other ways of clipping, if set by attributes, go before it."""
+        return (self.global_clipnorm or None) if not (self.clipnorm and self.clipnorm > 0) else None
+
+    def _clip_gradients(self, grads: list[Tensor]) -> list[Tensor]:
+        """Clips in the ways that need no sum over all variables; `global_clipnorm` is the step's own."""
+        clipped: list[Tensor] = super()._clip_gradients(grads) if self._max_norm() is None else grads
+        return clipped
 
     def _step(self, grads: Sequence[Tensor], variables: Sequence[Variable], learning_rate: Tensor, sums: Sums) -> None:
         raise NotImplementedError

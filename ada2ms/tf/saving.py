@@ -1,12 +1,15 @@
 """What Keras saves of an optimizer, in `.keras` files among others: its variables, by their order.
 
 That order is another one once a quantized model has been saved and loaded: in each layer, the scales that gradients
-overwrite come first. So what is saved has them last; where there are none, the order is the variables' own.
+overwrite come first. So what is saved has them last; where there are none, the order is the variables' own. The norm
+of the last gradients is for people to read and is not saved, so that files are the same with `global_clipnorm` and
+without. What was saved without compensations is loaded with compensations of 0.
 """
 
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from keras import ops
 
 if TYPE_CHECKING:
     from ada2ms.tf.optimizer import Ada2MS
@@ -28,6 +31,11 @@ def load(optimizer: "Ada2MS", store: Any) -> bool:
         ValueError: a shape is another; nothing has changed.
     """
     saved = _as_saved(optimizer)
+    compensations = [v for v in optimizer._compensations or () if v is not None] if optimizer.built else []
+    if compensations and len(saved) - len(compensations) == len(store.keys()):  # of `compensated=False`
+        saved = [(v, order) for v, order in saved if all(v is not x for x in compensations)]
+    else:
+        compensations = []
     is_older = len(saved) != len(store.keys())
     if is_older:
         saved = _with_all_slots(optimizer)
@@ -41,6 +49,8 @@ def load(optimizer: "Ada2MS", store: Any) -> bool:
     for (variable, order), array in zip(saved, arrays, strict=True):
         if variable is not None:
             variable.assign(array if order is None else array[np.argsort(order)])
+    for variable in compensations:
+        variable.assign(ops.zeros(variable.shape, variable.dtype))
     return True
 
 
@@ -63,7 +73,12 @@ def _as_saved(optimizer: "Ada2MS") -> list[Saved]:
     per_variable = {id(optimizer._steps)}
     if optimizer.scope == "tensor":
         per_variable.add(id(optimizer._global_velocity))
-    return [(moved.get(id(v), v), order if id(v) in per_variable else None) for v in optimizer.variables]
+    return [(moved.get(id(v), v), order if id(v) in per_variable else None) for v in _variables(optimizer)]
+
+
+def _variables(optimizer: "Ada2MS") -> list[Variable]:
+    """Those that are saved."""
+    return [v for v in optimizer.variables if v is not getattr(optimizer, "_gradient_norm", None)]
 
 
 def _with_all_slots(optimizer: "Ada2MS") -> list[Saved]:
@@ -72,6 +87,6 @@ def _with_all_slots(optimizer: "Ada2MS") -> list[Saved]:
         return []
     slots = [slot for pair in zip(optimizer._momentums, optimizer._velocities, strict=True) for slot in pair]
     kept = {id(slot) for slot in slots if slot is not None}
-    variables = optimizer.variables
+    variables = _variables(optimizer)
     first = next((i for i, v in enumerate(variables) if id(v) in kept), 0)
     return [(v, None) for v in (*variables[:first], *slots, *variables[first + len(kept) :])]

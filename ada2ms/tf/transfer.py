@@ -1,6 +1,6 @@
 """The optimizer's state to and from other frameworks; `ada2ms.core.state` says what it consists of."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, TypeAlias
 
 import keras
@@ -27,6 +27,7 @@ from ada2ms.core.state import (
     to_portable,
     without_moments,
 )
+from ada2ms.tf.groups import Hyper
 from ada2ms.tf.optimizer import Ada2MS
 
 Variable = Any
@@ -61,29 +62,33 @@ def export_state(
     if not optimizer.built:
         raise StateError("The optimizer does not fit", ["it is not built: it has no state yet"])
     ours = isinstance(optimizer, Ada2MS)
-    k = int(_numpy(optimizer._global_step if ours else optimizer.iterations))
+    variables = _variables(model, optimizer)
+    steps = _numpy(optimizer._steps) if ours else np.full(len(optimizer._momentums), int(_numpy(optimizer.iterations)))
     entries = {
         path: Entry(
             exp_avg=_numpy(optimizer._momentums[i]),
             exp_avg_sq=_numpy(optimizer._velocities[i]),
-            step=int(_numpy(optimizer._steps)[i]) if ours else k,
+            step=int(steps[i]),
             global_exp_avg_sq=_own_global(optimizer, i),
             param=_numpy(variable) if values else None,
+            compensation=None if (kept := _compensation(optimizer, i)) is None else _numpy(kept),
         )
-        for path, (i, variable) in _variables(model, optimizer).items()
+        for path, (i, variable) in variables.items()
     }
     entries, renamed = to_portable(entries, names, axes, _paths(model))
-    group = Group(in_state(renamed, renamed), _hyperparameters(optimizer))
-    source = f"keras {keras.__version__} on {keras.backend.backend()}: {type(optimizer).__name__}"
     notes = _left_behind(model, wrapper, optimizer)
     notes += without_moments(_without_moments(model, optimizer) if values else [], imported=False)
-    if not ours:
-        return State(entries, [group], source=source, notes=notes)
-    group.global_step = k
-    if optimizer.scope == "model":
-        group.global_exp_avg_sq = float(_numpy(optimizer._global_velocity))
-    choices = {"scope": optimizer.scope, "nonfinite": optimizer.nonfinite}
-    return State(entries, [group], **choices, skipped=int(_numpy(optimizer._skipped)), source=source, notes=notes)
+    choices: dict[str, Any] = {"max_norm": _max_norm(optimizer)}
+    if ours:
+        choices |= {name: getattr(optimizer, name) for name in ("scope", "nonfinite", "compensated")}
+        choices["skipped"] = int(_numpy(optimizer._skipped))
+    return State(
+        entries,
+        _groups(optimizer, variables, renamed),
+        **choices,
+        source=f"keras {keras.__version__} on {keras.backend.backend()}: {type(optimizer).__name__}",
+        notes=notes,
+    )
 
 
 def import_state(
@@ -132,6 +137,7 @@ def import_state(
         scope=optimizer.scope if isinstance(optimizer, Ada2MS) else None,
         values=values,
         cast=cast,
+        groups=_moments(optimizer),
         others=_paths(model),
     )
     calls = _assign_counts(optimizer, fitted, variables)
@@ -139,6 +145,8 @@ def import_state(
         entry = fitted.entries[path]
         _assign(optimizer._momentums[i], entry.exp_avg)
         _assign(optimizer._velocities[i], entry.exp_avg_sq)
+        if entry.compensation is not None:
+            _assign(_compensation(optimizer, i), entry.compensation)
         if entry.param is not None:
             _assign(variable, entry.param)
     fitted.report.notes += [*_unknown(model, optimizer), *_restart(wrapper, optimizer)]
@@ -147,13 +155,19 @@ def import_state(
     return fitted.report
 
 
-def arguments(state: State) -> dict[str, Any]:
+def arguments(state: State, names: Names = None) -> dict[str, Any]:
     """The arguments for `Ada2MS` that continue a state: those of its hyperparameters that it knows.
 
+    Args:
+        state: of any framework.
+        names: what the state calls a variable, for each path here, as a mapping for `import_state`; needed where the
+            state's groups differ, whose `groups` name the variables here by their paths.
+
     Raises:
-        StateError: the state has groups that differ.
+        StateError: the state has groups that differ, and `names` is a function, or not all their hyperparameters are
+            known.
     """
-    return core.arguments(state, "keras")
+    return core.arguments(state, "keras", names)
 
 
 def _inner(optimizer: keras.optimizers.Optimizer) -> keras.optimizers.Optimizer:
@@ -168,13 +182,63 @@ def _inner(optimizer: keras.optimizers.Optimizer) -> keras.optimizers.Optimizer:
     return optimizer
 
 
-def _hyperparameters(optimizer: keras.optimizers.Optimizer) -> dict[str, Any]:
-    """Those that are plain data, by the rule's names."""
-    given = {name: getattr(optimizer, name, None) for name in ("beta_1", "beta_2", "epsilon", "adaptivity")}
-    given["weight_decay"] = optimizer.weight_decay or 0.0  # None is how Keras says so
+def _groups(
+    optimizer: keras.optimizers.Optimizer, variables: dict[str, tuple[int, Variable]], renamed: Mapping[str, Any]
+) -> list[Group]:
+    """The optimizer's groups; variables that are excluded from weight decay are in others than the rest."""
+    found: dict[tuple[int | None, bool], Group] = {}
+    for path, (i, variable) in variables.items():
+        index = optimizer._grouping.group_of[i] if isinstance(optimizer, Ada2MS) else None
+        excluded = not optimizer._use_weight_decay(variable)
+        if (index, excluded) not in found:
+            found[index, excluded] = _group(optimizer, i, _hyperparameters(optimizer, index, excluded))
+        found[index, excluded].params += in_state(renamed, [path])
+    return list(found.values()) or [Group([], _hyperparameters(optimizer, None, False))]
+
+
+def _group(optimizer: keras.optimizers.Optimizer, i: int, hyper: dict[str, Any]) -> Group:
+    """A group without parameters as yet, with the global second moment of this variable."""
+    if not isinstance(optimizer, Ada2MS):
+        return Group([], hyper)
+    moment = optimizer._grouping.moment_of[i]
+    k = int(np.ravel(_numpy(optimizer._global_step))[moment if _moments(optimizer) > 1 else 0])
+    if optimizer.scope == "tensor":
+        return Group([], hyper, global_step=k)
+    return Group([], hyper, float(np.ravel(_numpy(optimizer._global_velocity))[moment]), k)
+
+
+def _hyperparameters(optimizer: keras.optimizers.Optimizer, index: int | None, excluded: bool) -> dict[str, Any]:
+    """Those of a group that are plain data, by the rule's names."""
     learning_rate = optimizer.get_config()["learning_rate"]
-    given["learning_rate"] = learning_rate if isinstance(learning_rate, float) else None
-    return plain_hyperparameters(from_arguments(given, "keras"))
+    if isinstance(optimizer, Ada2MS):
+        given = Hyper.of(optimizer, index)._asdict()
+        scale = given.pop("lr_scale")
+    else:
+        arguments = {name: getattr(optimizer, name, None) for name in ("beta_1", "beta_2", "epsilon")}
+        # None is how Keras says that there is no weight decay.
+        given, scale = {**from_arguments(arguments, "keras"), "weight_decay": optimizer.weight_decay or 0.0}, 1.0
+    given["lr"] = learning_rate * scale if isinstance(learning_rate, float) else None
+    if excluded:
+        given["weight_decay"] = 0.0
+    return {**plain_hyperparameters(given), **({"lr_scale": scale} if scale != 1 else {})}
+
+
+def _max_norm(optimizer: keras.optimizers.Optimizer) -> float | None:
+    """What gradients are clipped by, of Keras' own optimizers too."""
+    clips_otherwise = optimizer.clipnorm and optimizer.clipnorm > 0
+    bound = optimizer.global_clipnorm
+    return None if clips_otherwise or not bound or not bound > 0 else float(bound)
+
+
+def _moments(optimizer: keras.optimizers.Optimizer) -> int:
+    """How many global second moments, with counts, there are, but for those of scope "tensor"."""
+    several = isinstance(optimizer, Ada2MS) and optimizer.scope == "model"
+    return len(optimizer._grouping.moments) if several else 1
+
+
+def _compensation(optimizer: keras.optimizers.Optimizer, i: int) -> Variable | None:
+    compensations = getattr(optimizer, "_compensations", None)
+    return compensations[i] if compensations else None
 
 
 def _own_global(optimizer: keras.optimizers.Optimizer, i: int) -> float | None:
@@ -186,7 +250,10 @@ def _own_global(optimizer: keras.optimizers.Optimizer, i: int) -> float | None:
 
 def _target(optimizer: keras.optimizers.Optimizer, i: int, variable: Variable) -> Target:
     slots = {"param": variable, "exp_avg": optimizer._momentums[i], "exp_avg_sq": optimizer._velocities[i]}
-    return Target(tuple(variable.shape), {slot: keras.backend.standardize_dtype(v.dtype) for slot, v in slots.items()})
+    if (compensation := _compensation(optimizer, i)) is not None:
+        slots["compensation"] = compensation
+    dtypes = {slot: keras.backend.standardize_dtype(v.dtype) for slot, v in slots.items()}
+    return Target(tuple(variable.shape), dtypes, optimizer._grouping.moment_of[i] if _moments(optimizer) > 1 else 0)
 
 
 def _assign_counts(
@@ -199,17 +266,18 @@ def _assign_counts(
     """
     if not isinstance(optimizer, Ada2MS):
         return only_count(fitted.entries.values(), type(optimizer).__name__)
-    s, k = fitted.groups[0]
+    s, k = ([float(s or 0.0) for s, _ in fitted.groups], [k for _, k in fitted.groups])
     n = len(optimizer._momentums)
     steps, own = np.zeros(n, int), np.zeros(n)
     for path, (i, _) in variables.items():
         entry = fitted.entries[path]
         steps[i], own[i] = entry.step, entry.global_exp_avg_sq or 0.0
-    _assign(optimizer._global_step, np.array(k))
+    _assign(optimizer._global_step, np.array(k if len(k) > 1 else k[0]))
     _assign(optimizer._steps, steps)
-    _assign(optimizer._global_velocity, own if optimizer.scope == "tensor" else np.array(s or 0.0))
+    model = np.array(s if len(s) > 1 else s[0])
+    _assign(optimizer._global_velocity, own if optimizer.scope == "tensor" else model)
     _assign(optimizer._skipped, np.array(fitted.skipped))
-    return k + fitted.skipped
+    return max(k) + fitted.skipped
 
 
 def _variables(model: Model, optimizer: keras.optimizers.Optimizer) -> dict[str, tuple[int, Variable]]:
@@ -261,6 +329,8 @@ def _left_behind(model: Model, wrapper: keras.optimizers.Optimizer, optimizer: k
 def _restart(wrapper: keras.optimizers.Optimizer, optimizer: keras.optimizers.Optimizer) -> list[str]:
     """Sets what Keras keeps around the state as it is in a new optimizer; notes of what that has changed."""
     notes = []
+    if getattr(optimizer, "_gradient_norm", None) is not None:
+        _assign(optimizer._gradient_norm, np.array(0.0))
     if optimizer.gradient_accumulation_steps:
         if waiting := _accumulated(optimizer):
             notes.append(f"gradients of {waiting} of {optimizer.gradient_accumulation_steps} steps were dropped here")

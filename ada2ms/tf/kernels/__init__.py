@@ -18,6 +18,7 @@ class Coefficients(NamedTuple):
     """
 
     betas: Sequence[Tensor | float]  # b1, 1 - b1, b2, 1 - b2
+    clip: Tensor | None  # c, which gradients are multiplied by; None where they are not clipped
     exponent: Tensor | float  # a/2, of v
     step_sizes: list[Tensor]  # lr / (1 - b1^t) / denom_scale
     eps: list[Tensor]  # eps / denom_scale
@@ -30,11 +31,13 @@ class Options(NamedTuple):
     Attributes:
         decays: whether each variable decays.
         denom_can_be_zero: whether d can be 0, where the update must be 0.
+        compensations: what the rounding of each variable has lost so far; None for variables that do not keep that.
         step_is_live: whether the step counts, if the host cannot know that; else None.
         assign: how a variable is given a value.
     """
 
     decays: Sequence[bool]
+    compensations: Sequence[Any | None]
     denom_can_be_zero: bool
     step_is_live: Tensor | None
     assign: Callable[[Any, Tensor], None]

@@ -27,7 +27,12 @@ def update(
     exp_avgs, exp_avg_sqs = list(exp_avgs), list(exp_avg_sqs)
     # Wider than their state are the parameters of a model after `double()`, which Keras knows nothing of.
     wide = [x.to(torch.promote_types(x.dtype, m.dtype)) for x, m in zip(params, exp_avgs, strict=True)]
+    compensated = [(i, x.value) for i, x in enumerate(options.compensations) if x is not None]
+    for i, compensation in compensated:
+        wide[i] = wide[i] + compensation
     grads = [g.to(m.dtype) for g, m in zip(grads, exp_avgs, strict=True)]
+    if coefficients.clip is not None:
+        grads = list(torch._foreach_mul(grads, coefficients.clip))
     torch._foreach_lerp_(exp_avgs, grads, one_minus_b1)
     torch._foreach_mul_(exp_avg_sqs, b2)
     torch._foreach_addcmul_(exp_avg_sqs, grads, grads, one_minus_b2)
@@ -45,6 +50,8 @@ def update(
     for param, new in zip(params, wide, strict=True):
         if param is not new:
             param.copy_(new)
+    for i, compensation in compensated:  # 0 where a parameter is not finite
+        compensation.copy_((wide[i] - params[i]).nan_to_num_(0.0, 0.0, 0.0))
 
 
 def _denom_power(exp_avg_sqs: list[Tensor], exponent: float | Tensor) -> list[Tensor] | None:
