@@ -86,4 +86,11 @@ def new(*kernels: str) -> Any:
     from flax import nnx
 
     zeros = dict.fromkeys(kernels, nnx.initializers.zeros_init())
-    return {"rngs": nnx.Rngs(0), "param_dtype": np.float64, **zeros}
+    return {"rngs": nnx.Rngs(0), "param_dtype": floats(), **zeros}
+
+
+def floats() -> Any:
+    """float64, if JAX has it."""
+    import jax.numpy as jnp
+
+    return jnp.zeros(0, float).dtype

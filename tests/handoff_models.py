@@ -1,5 +1,6 @@
 """Twins: the same small model in each framework, with Ada2MS, which trains in float64."""
 
+import os
 from collections.abc import Callable
 from contextlib import ExitStack, contextmanager
 from typing import Any
@@ -12,6 +13,8 @@ from ada2ms.core import State
 from support import settings
 
 Array = Any
+# On torch, Keras multiplies float64 in float32; on JAX, it trains in it.
+EXACT = os.environ["KERAS_BACKEND"] == "tensorflow"
 Build = Callable[[], Any]
 
 
@@ -27,7 +30,7 @@ class Twin:
     """A model of one framework; `options` are those of Ada2MS that all call the same."""
 
     def __init__(self, framework: str, row: Row, **options: Any) -> None:
-        self.framework, self.dtype, self.trained = framework, row.dtype, row.trained
+        self.framework, self.dtype, self.trained = framework, row.dtype if EXACT else "float32", row.trained
         self.given, build = row.given.get(framework, {}), row.build[framework]
         make = {"torch": self._torch, "jax": self._jax, "keras": self._keras}[framework]
         with precision(self.dtype):

@@ -2,8 +2,7 @@
 
 from typing import Any
 
-import numpy as np
-from handoff_making import WIDTH, Row, forward, keras_model, last, new, torch_model
+from handoff_making import WIDTH, Row, floats, forward, keras_model, last, new, torch_model
 
 # Recurrent layers of 6 units; torch has but one bias if the other is frozen at zero
 
@@ -20,12 +19,12 @@ def torch_recurrent(kind: str, *, one_bias: bool = False, **options: Any) -> Any
     return torch_model(lambda self, x: self.inner(x)[0], inner=inner)
 
 
-def keras_recurrent(kind: str, *, layers: int = 1, bidirectional: bool = False, **options: Any) -> Any:
+def keras_recurrent(kind: str, *, layers: int = 1, bidirectional: bool = False, units: int = 6, **options: Any) -> Any:
     import keras
 
     def call(x: Any) -> Any:
         for _ in range(layers):
-            layer = getattr(keras.layers, kind)(6, return_sequences=True, **options)
+            layer = getattr(keras.layers, kind)(units, return_sequences=True, **options)
             x = (keras.layers.Bidirectional(layer) if bidirectional else layer)(x)
         return x
 
@@ -37,7 +36,7 @@ def nnx_recurrent(kind: str, *, layers: int = 1, bidirectional: bool = False) ->
 
     def recurrent(width: int) -> Any:
         return nnx.RNN(
-            getattr(nnx, kind)(width, 6, dtype=np.float64, **new("kernel_init", "recurrent_kernel_init")),
+            getattr(nnx, kind)(width, 6, dtype=floats(), **new("kernel_init", "recurrent_kernel_init")),
             rngs=nnx.Rngs(0),
         )
 

@@ -4,8 +4,7 @@ from collections.abc import Callable
 from typing import Any
 
 import handoff_attention
-import numpy as np
-from handoff_making import TIME, WIDTH, WORDS, Row, keras_model, new, nnx_model, torch_model, vectors, words
+from handoff_making import TIME, WIDTH, WORDS, Row, floats, keras_model, new, nnx_model, torch_model, vectors, words
 from handoff_recurrent import recurrent_rows
 
 Array = Any
@@ -106,7 +105,7 @@ def nnx_prelu() -> Any:
     return nnx_model(
         lambda self, x: self.b(self.a(x)),
         a=nnx.Linear(WIDTH, WIDTH, **new("kernel_init")),
-        b=nnx.PReLU(param_dtype=np.float64),
+        b=nnx.PReLU(param_dtype=floats()),
     )
 
 

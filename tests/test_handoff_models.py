@@ -61,12 +61,12 @@ def test_every_layer(row: str, first: str, second: str) -> None:
     one.import_state(middle)
     x, _ = ROWS[row].data(9)
     assert np.ptp(other(x)) > 0.1
-    exact = ROWS[row].dtype == "float64"  # else Keras' LoRA, to some roundings of numbers of about 1
-    np.testing.assert_allclose(other(x), one(x), rtol=0, atol=1e-12 if exact else 1e-6)
+    exact = other.dtype == "float64"  # else to some dozen roundings of numbers of about 1
+    np.testing.assert_allclose(other(x), one(x), rtol=0, atol=1e-12 if exact else 1e-5)
     found = trained(row, second, middle, range(2, 4))
     for name, entry in end.parameters.items():
         for slot, array in entry.slots().items():
             np.testing.assert_allclose(
-                found.parameters[name].slots()[slot], array, rtol=0, atol=1e-9 if exact else 1e-6, err_msg=name
+                found.parameters[name].slots()[slot], array, rtol=0, atol=1e-9 if exact else 1e-5, err_msg=name
             )
             assert np.abs(array - middle.parameters[name].slots()[slot]).max() > 1e-7, name

@@ -77,7 +77,7 @@ def plain_layers(model: Any, *, names: LayerNames = None, axes: Axes = None) -> 
     paths = {id(x): "/".join(map(str, path)) for path, x in nnx.iter_graph(model) if isinstance(x, nnx.Param)}
     layers = []
     seen: set[int] = set()
-    for place in _places(_Place(model, "", "", False), nnx, set()):
+    for place in _places(_Place(model, "", "", _goes_backwards(None, "", model, nnx)), nnx, set()):
         params = _params(place.module, nnx)
         own = {name: paths[id(x)] for name, x in params.items() if x[...] is not None and id(x) not in seen}
         seen.update(map(id, params.values()))  # a shared parameter belongs to the first layer that has it
@@ -127,10 +127,10 @@ def _below(module: Any, key: str, nnx: Any) -> str:
     return key.replace("/", ".")
 
 
-def _goes_backwards(place: _Place, name: str, each: Any, nnx: Any) -> bool:
-    if isinstance(place.module, nnx.Bidirectional):  # which says so when it calls them
+def _goes_backwards(place: _Place | None, name: str, each: Any, nnx: Any) -> bool:
+    if place is not None and isinstance(place.module, nnx.Bidirectional):  # which says so when it calls them
         return name == "backward_rnn"
-    return place.backwards or (isinstance(each, nnx.RNN) and bool(each.reverse))
+    return bool(each.reverse) if isinstance(each, nnx.RNN) else place is not None and place.backwards
 
 
 def _is_whole(module: Any, nnx: Any) -> bool:
@@ -207,12 +207,14 @@ def _recurrent(place: _Place, own: dict[str, str], nnx: Any) -> tuple[str | None
     params: Params = {}
     for key in own:
         linear, _, what = key.partition("/")
+        if what not in ("kernel", "bias"):
+            continue
         recurrent = linear in ("dense_h", "hi", "hf", "hg", "ho")
         role = f"recurrent_{what}" if recurrent and what == "kernel" else what
-        if name == "LSTMCell":
-            params[key] = f"{linear[1]}.{role}", None
-        else:
+        if linear in ("dense_i", "dense_h"):
             params[key] = gates(kind, role)
+        elif linear in ("ii", "if_", "ig", "io", "hi", "hf", "hg", "ho"):
+            params[key] = f"{linear[1]}.{role}", None
     return full, params
 
 

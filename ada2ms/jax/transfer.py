@@ -8,11 +8,13 @@ import jax.numpy as jnp
 import numpy as np
 import optax  # type: ignore[import-untyped]
 
-from ada2ms.core.hyperparameters import from_arguments
+from ada2ms.core.groups import Group as NamedGroup
+from ada2ms.core.groups import assign, check_groups
+from ada2ms.core.hyperparameters import DEFAULTS, from_arguments
 from ada2ms.core.state import (
-    SLOTS,
     Axes,
     Entry,
+    Fitted,
     Group,
     Names,
     Report,
@@ -28,7 +30,7 @@ from ada2ms.core.state import (
 )
 from ada2ms.core.state import arguments as portable_arguments
 from ada2ms.jax.names import by_path, flatten
-from ada2ms.jax.state import ScaleByAda2MSState
+from ada2ms.jax.state import CompensatedAda2MSState, ScaleByAda2MSState
 from ada2ms.jax.wrappers import left_behind, rewritten, the_node
 
 
@@ -49,8 +51,8 @@ def export_state(
         names: what the state is to call a parameter, for each path here, as a mapping or a function; those left out
             keep their paths.
         axes: for a path here, how an array of the state is to be transposed to have this layout; as in `import_state`.
-        options: arguments that the optimizer was made with, to be recorded as hyperparameters: nothing else in Optax
-            knows them. What is left out is not recorded.
+        options: arguments that the optimizer was made with, `groups` among them, to be recorded as hyperparameters:
+            nothing else in Optax knows them. What is left out is not recorded, unless a group has it of its own.
         values: whether the parameters' values are to travel too.
 
     Returns:
@@ -62,40 +64,43 @@ def export_state(
     node = the_node(opt_state)
     leaves, mu, nu = by_path(params), by_path(node.mu), by_path(node.nu)
     _require_leaves(leaves, mu)
-    ours = isinstance(node, ScaleByAda2MSState)
+    ours = isinstance(node, (CompensatedAda2MSState, ScaleByAda2MSState))
     count = int(_scalar(node.count))
     steps = [int(t) for t in np.asarray(_scalar(node.steps))] if ours else [count] * len(mu)
     s = np.asarray(_scalar(node.s), np.float64) if ours else None
-    each = s is not None and s.ndim == 1
+    rest = by_path(node.compensation) if ours else {}
     entries = {
         path: Entry(
             exp_avg=_numpy(mu[path]),
             exp_avg_sq=_numpy(nu[path]),
             step=steps[i],
-            global_exp_avg_sq=float(s[i]) if s is not None and each else None,
+            global_exp_avg_sq=float(s[i]) if s is not None and s.ndim == 1 else None,
             param=_numpy(leaves[path]) if values else None,
+            compensation=_numpy(rest[path]) if path in rest else None,
         )
         for i, path in enumerate(mu)
     }
+    groups = _groups_of(options or {}, {path: np.ndim(leaves[path]) for path in mu}, s, count if ours else 0)
     entries, renamed = to_portable(entries, names, axes, leaves)
+    for group in groups:
+        group.params = in_state(renamed, group.params)
     options = from_arguments(options or {}, "optax")
-    group = Group(in_state(renamed, renamed), plain_hyperparameters(options))
-    source = f"jax {jax.__version__}, optax {optax.__version__}: {type(node).__name__}"
     notes = [f"Not exported: {kept}" for kept in left_behind(opt_state)]
     notes += without_moments(_arrays_beside(leaves, mu) if values else [], imported=False)
+    source = f"jax {jax.__version__}, optax {optax.__version__}: {type(node).__name__}"
     if s is None:
-        return State(entries, [group], source=source, notes=notes)
-    group.global_step = count
-    if not each:
-        group.global_exp_avg_sq = float(s)
+        return State(entries, groups, source=source, notes=notes)
+    max_norm = options.get("max_norm")
     return State(
         entries,
-        [group],
-        scope="tensor" if each else "model",
+        groups,
+        scope="tensor" if s.ndim == 1 else "model",
         nonfinite=options.get("nonfinite", "propagate"),
         skipped=int(_scalar(node.skipped)),
         source=source,
         notes=notes,
+        max_norm=None if max_norm is None else float(max_norm),
+        compensated=isinstance(node, CompensatedAda2MSState),
     )
 
 
@@ -135,23 +140,22 @@ def import_state(
         StateError: listing everything that is missing, superfluous, or of a wrong shape or type.
     """
     node = the_node(opt_state)
-    leaves, mu, nu = by_path(params), by_path(node.mu), by_path(node.nu)
+    leaves, mu = by_path(params), by_path(node.mu)
     _require_leaves(leaves, mu)
-    ours = isinstance(node, ScaleByAda2MSState)
+    ours = isinstance(node, (CompensatedAda2MSState, ScaleByAda2MSState))
+    rows = np.ndim(_scalar(node.s)) if ours else 0  # 1: one s for each leaf; 2: one for each b2, in the rows of leaves
     fitted = from_portable(
         state,
-        {path: Target(tuple(np.shape(mu[path])), _dtypes(leaves[path], mu[path], nu[path])) for path in mu},
+        _targets(leaves, node, groups=rows == 2),
         names=names,
         axes=axes,
-        scope=("tensor" if np.ndim(_scalar(node.s)) else "model") if ours else None,
+        scope=("tensor" if rows == 1 else "model") if ours else None,
         values=values,
         cast=cast,
+        groups=len(mu) if rows == 2 else 1,
         others=leaves,
     )
-    s, k = fitted.groups[0]
-    steps = [fitted.entries[path].step for path in mu]
-    if not ours:
-        k = only_count(fitted.entries.values(), "Adam")
+    k = _count(fitted, ours)
 
     def replaced(tree: Any, slot: str) -> Any:
         paths, structure = flatten(tree)
@@ -163,15 +167,19 @@ def import_state(
         return structure.unflatten(new)
 
     def moved(node: Any) -> Any:
+        slots = {"mu": "exp_avg", "nu": "exp_avg_sq"}
+        if isinstance(node, CompensatedAda2MSState):
+            slots["compensation"] = "compensation"
         node = node._replace(
-            count=_filled(node.count, k), mu=replaced(node.mu, "exp_avg"), nu=replaced(node.nu, "exp_avg_sq")
+            count=_filled(node.count, k),
+            **{field: replaced(getattr(node, field), slot) for field, slot in slots.items()},
         )
         if not ours:
             return node
-        each = [fitted.entries[path].global_exp_avg_sq for path in mu]
+        each = [fitted.entries[path].global_exp_avg_sq for path in mu] if rows == 1 else [s for s, _ in fitted.groups]
         return node._replace(
-            s=_filled(node.s, each if np.ndim(_scalar(node.s)) else s or 0.0),
-            steps=_filled(node.steps, steps),
+            s=_filled(node.s, np.array([s or 0.0 for s in each]).reshape(np.shape(_scalar(node.s)))),
+            steps=_filled(node.steps, [fitted.entries[path].step for path in mu]),
             skipped=_filled(node.skipped, fitted.skipped),
         )
 
@@ -182,13 +190,84 @@ def import_state(
     return replaced(params, "param"), opt_state, fitted.report
 
 
-def arguments(state: State) -> dict[str, Any]:
-    """The arguments for `ada2ms` that continue a state: those of its hyperparameters that it knows.
+def arguments(state: State, names: Names = None) -> dict[str, Any]:
+    """The arguments for `ada2ms` that continue a state: those of its hyperparameters that it knows, and its groups.
+
+    Args:
+        state: of `export_state`, in this framework or another, or of a file.
+        names: what the state calls a parameter, for each path here, as a mapping, as for `import_state`. It matters
+            where the state has groups that differ: they are made for paths here.
 
     Raises:
-        StateError: the state has groups that differ.
+        StateError: the state has groups that differ, and `names` is a function.
     """
-    return portable_arguments(state, "optax")
+    return portable_arguments(state, "optax", names)
+
+
+def _groups_of(options: Mapping[str, Any], ndims: Mapping[str, int], s: Any, count: int) -> list[Group]:
+    """The groups of a state: those that the options have, each with its own s and with its leaves.
+
+    Args:
+        options: of `ada2ms`.
+        ndims: the number of dimensions of each leaf, by its path.
+        s: of the optimizer's state; None for another optimizer's, which has none.
+        count: completed updates; 0 for another optimizer's.
+    """
+    given = check_groups(options.get("groups"))
+    # What a group has of its own, the optimizer has too: its default, if the options leave it out.
+    defaults = {name: getattr(DEFAULTS, name) for group in given for name in group.hyper()}
+    own = plain_hyperparameters({**defaults, **from_arguments(options, "optax")})
+    rows = np.zeros(len(ndims)) if s is None else np.broadcast_to(s.ravel(), len(ndims))
+    keys: list[Any] = list(assign(given, list(ndims), list(ndims.values())))
+    if s is not None and s.ndim == 2 and not given:  # leaves of one b2 have the same s
+        keys = list(rows)
+    groups: dict[Any, Group] = {}
+    for path, key, row in zip(ndims, keys, rows, strict=True):
+        group = groups.get(key)
+        if group is None:
+            group = groups[key] = Group([], _hyper_of(given[key], own) if given and key is not None else dict(own))
+            group.global_exp_avg_sq = None if s is None or s.ndim == 1 else float(row)
+            group.global_step = count
+        group.params.append(path)
+    return list(groups.values())
+
+
+def _hyper_of(group: NamedGroup, own: Mapping[str, Any]) -> dict[str, Any]:
+    """The hyperparameters of a group, without an adaptivity that is no plain data."""
+    hyper = {name: value for name, value in own.items() if name not in group.hyper()}
+    hyper |= plain_hyperparameters(group.hyper())
+    if group.lr_scale == 1:
+        return hyper
+    rate = {"lr": own["lr"] * group.lr_scale} if "lr" in own else {}
+    return {**hyper, **rate, "lr_scale": group.lr_scale}
+
+
+def _targets(leaves: Mapping[str, Any], node: Any, groups: bool) -> dict[str, Target]:
+    """What a state's entries are to fit, by their paths; with `groups` each leaf has an s of its own."""
+    mu, nu, rest = by_path(node.mu), by_path(node.nu), by_path(getattr(node, "compensation", None))
+    return {
+        path: Target(
+            tuple(np.shape(mu[path])),
+            _dtypes(param=leaves[path], exp_avg=mu[path], exp_avg_sq=nu[path], compensation=rest.get(path)),
+            group=i if groups else 0,
+        )
+        for i, path in enumerate(mu)
+    }
+
+
+def _count(fitted: Fitted, ours: bool) -> int:
+    """The count of completed updates, of which there is one here.
+
+    Raises:
+        StateError: groups of the state have counts that differ.
+    """
+    if not ours:
+        return only_count(fitted.entries.values(), "Adam")
+    counts = {k for _, k in fitted.groups} or {0}
+    if len(counts) > 1:
+        reason = f"the optimizer has one count of updates here; the state's groups have {sorted(counts)}"
+        raise StateError("The state does not fit", [reason])
+    return counts.pop()
 
 
 def _arrays_beside(params: dict[str, Any], mu: dict[str, Any]) -> list[str]:
@@ -225,11 +304,10 @@ def _like(old: Any, value: Any) -> Any:
     return jax.device_put(jnp.asarray(value, old.dtype), old.sharding)
 
 
-def _dtypes(*slots: Any) -> dict[str, str]:
-    """The names of the types of a parameter and its moments."""
-    return {
-        slot: (x if hasattr(x, "dtype") else np.asarray(x)).dtype.name for slot, x in zip(SLOTS, slots, strict=True)
-    }
+def _dtypes(**slots: Any) -> dict[str, str]:
+    """The names of the types of a parameter and what is kept of it, without what is None."""
+    arrays = {slot: x if hasattr(x, "dtype") else np.asarray(x) for slot, x in slots.items() if x is not None}
+    return {slot: array.dtype.name for slot, array in arrays.items()}
 
 
 def _numpy(x: Any) -> Any:

@@ -107,7 +107,7 @@ def _inner(layer: keras.Layer) -> list[tuple[str, keras.Layer]]:
         inner = layer.layers
     else:
         inner = list(layer._flatten_layers(include_self=False, recursive=False))
-    if isinstance(layer, (keras.Sequential, keras.src.models.Functional)):
+    if isinstance(layer, keras.Sequential) or hasattr(layer, "operations"):
         return [(each.name, each) for each in inner]
     attributes: dict[int, str] = {}
     for name, value in vars(layer).items():
