@@ -24,6 +24,7 @@ from jax.experimental import multihost_utils
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from ada2ms.core import NO_DECAY, Group
 from ada2ms.jax import ada2ms, scale_by_ada2ms
 
 pytestmark = pytest.mark.slow
@@ -36,6 +37,7 @@ OPTIONS: list[dict[str, Any]] = [
     {},
     {"scope": "tensor", "adaptivity": 0.3},
     {"nonfinite": "skip", "adaptivity": 0.0, "weight_decay": 0.1},
+    {"max_norm": 0.1, "groups": [Group("hidden", b2=0.9, adaptivity=1.0), NO_DECAY]},
 ]
 
 
@@ -250,6 +252,40 @@ def sharded_parameters() -> None:
     assert_same((params, state), 0)
 
 
+def compensated_shards() -> None:
+    """Parameters in bfloat16, by jit and by shard_map: what rounding loses is sharded like them."""
+    grid = mesh()
+
+    def narrow(tree: Any) -> Any:
+        return jax.tree.map(lambda x: jnp.asarray(x, jnp.bfloat16), tree)
+
+    def whole(params: Any, state: Any) -> Any:
+        return jax.tree.map(
+            lambda p, c: np.asarray(p, np.float32) + np.asarray(c, np.float32), params, state.compensation
+        )
+
+    gradients = [narrow(g) for g in one_device(0)[1]]
+    plain, everywhere = (ada2ms(1e-3, compensated=True, max_norm=0.1, axis_name=a) for a in (None, ("x", "y")))
+    params, state = narrow(initial()), plain.init(narrow(initial()))
+    for g in gradients:
+        params, state = jax.jit(functools.partial(advance, plain))(params, state, g)
+    expected = whole(params, state)
+    params = sharded(narrow(initial()), grid)
+    assert plain.init(params).compensation["hidden"].sharding == params["hidden"].sharding
+    spec = jax.tree.map(lambda _: P(), plain.init(params))._replace(mu=specs(), nu=specs(), compensation=specs())
+    mapped = jax.shard_map(
+        functools.partial(advance, everywhere), mesh=grid, in_specs=(specs(), spec, specs()), out_specs=(specs(), spec)
+    )
+    for step in (jax.jit(functools.partial(advance, plain)), jax.jit(mapped)):
+        params, state = sharded(narrow(initial()), grid), plain.init(sharded(narrow(initial()), grid))
+        for g in gradients:
+            params, state = jax.block_until_ready(step(params, state, sharded(g, grid)))
+        for name, x in whole(params, state).items():
+            np.testing.assert_allclose(x, expected[name], rtol=2**-15)
+            assert np.all(np.asarray(params[name]) == np.asarray(x, jnp.bfloat16)), name
+    assert all_reduces(jax.jit(mapped), params, state, params) == 1
+
+
 def untold_shards() -> None:
     """Where JAX does not tell which leaves are sharded, there is an error, and not a wrong mean."""
     optimizer = scale_by_ada2ms(axis_name="x")
@@ -305,7 +341,16 @@ def two_processes(process: int, port: int) -> None:
 
 CASES = {
     f.__name__: f
-    for f in (jit_auto, jit_explicit, data_parallel, pmapped, sharded_parameters, untold_shards, two_processes)
+    for f in (
+        jit_auto,
+        jit_explicit,
+        data_parallel,
+        pmapped,
+        sharded_parameters,
+        compensated_shards,
+        untold_shards,
+        two_processes,
+    )
 }
 
 
