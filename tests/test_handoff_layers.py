@@ -41,7 +41,7 @@ def torch_model() -> Any:
             x = self.volume(self.image(x).unsqueeze(2))
             return self.out(self.norm(x.mean((2, 3, 4))))
 
-    return Model().eval()  # BatchNorm by its running statistics, which are 0 and 1 in all frameworks
+    return Model().eval()  # BatchNorm by its running statistics
 
 
 def keras_model() -> Any:
@@ -161,7 +161,9 @@ class Modelled:
 
             from ada2ms.jax import export_state as export_from_jax
 
-            return export_from_jax(nnx.state(self.model, nnx.Param), self.optimizer.opt_state, **self.mappings)
+            return export_from_jax(
+                nnx.state(self.model, (nnx.Param, nnx.BatchStat)), self.optimizer.opt_state, **self.mappings
+            )
         from ada2ms.tf import export_state as export_from_keras
 
         return export_from_keras(self.model, self.optimizer, **self.mappings)
@@ -177,7 +179,7 @@ class Modelled:
             from ada2ms.jax import import_state as import_to_jax
 
             params, self.optimizer.opt_state, report = import_to_jax(
-                nnx.state(self.model, nnx.Param), self.optimizer.opt_state, state, **self.mappings
+                nnx.state(self.model, (nnx.Param, nnx.BatchStat)), self.optimizer.opt_state, state, **self.mappings
             )
             nnx.update(self.model, params)
             return report
@@ -221,12 +223,16 @@ def test_plain_layers_need_no_mapping_by_hand(first: str, second: str) -> None:
         entry.exp_avg = rng.standard_normal(entry.exp_avg.shape).astype(np.float32)
         entry.exp_avg_sq = rng.random(entry.exp_avg.shape).astype(np.float32)
     state.groups[0].global_exp_avg_sq, state.groups[0].global_step = 0.5, 5
+    assert sorted(state.extras) == ["4.norm.mean", "4.norm.var"]  # of BatchNorm
+    state.extras = {name: x + rng.random(x.shape, np.float32) for name, x in state.extras.items()}
     one.import_state(state)
     report = two.import_state(one.export_state())
     assert_equal_states(state, two.export_state())
     assert two.export_state().groups[0].global_exp_avg_sq == 0.5
     assert all("moving_" in note for note in report.notes)  # Keras' statistics, which do not travel
-    assert len(str(report).splitlines()) == len(LAYERS) + len(report.notes)
+    assert len(str(report).splitlines()) == len(LAYERS) + len(report.notes) + len(report.extras)
+    assert sorted(origin for _, origin in report.extras) == sorted(state.extras)
+    assert all(np.array_equal(two.export_state().extras[name], x) for name, x in state.extras.items())
     # Sums of some dozen products in another order, of numbers of about 10
     np.testing.assert_allclose(two(words), one(words), rtol=0, atol=1e-4)
     assert np.ptp(one(words)) > 1

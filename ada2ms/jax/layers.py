@@ -90,7 +90,9 @@ def plain_layers(model: Any, *, names: LayerNames = None, axes: Axes = None) -> 
                 own, prefix = {path: path for path in own.values()}, ""
             roles = {name: role for name, (role, _) in known.items()}
             moved = {name: order for name, (_, order) in known.items() if order is not None}
-            layers.append(Layer(called, prefix, list(own), kind, roles, moved, place.path))
+            named = vars(place.module).items() if isinstance(place.module, nnx.BatchNorm) else ()
+            statistics = {_joined("/", place.attributes, key): key for key, x in named if isinstance(x, nnx.BatchStat)}
+            layers.append(Layer(called, prefix, list(own), kind, roles, moved, place.path, statistics))
     return number_layers(layers, names, axes)
 
 

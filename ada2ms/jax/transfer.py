@@ -14,6 +14,8 @@ from ada2ms.core.hyperparameters import DEFAULTS, from_arguments
 from ada2ms.core.state import (
     Axes,
     Entry,
+    Extra,
+    Extras,
     Fitted,
     Group,
     Names,
@@ -25,6 +27,7 @@ from ada2ms.core.state import (
     in_state,
     only_count,
     plain_hyperparameters,
+    portable_extras,
     to_portable,
     without_moments,
 )
@@ -40,6 +43,7 @@ def export_state(
     *,
     names: Names = None,
     axes: Axes = None,
+    extras: Extras = None,
     options: Mapping[str, Any] | None = None,
     values: bool = True,
 ) -> State:
@@ -51,9 +55,12 @@ def export_state(
         names: what the state is to call a parameter, for each path here, as a mapping or a function; those left out
             keep their paths.
         axes: for a path here, how an array of the state is to be transposed to have this layout; as in `import_state`.
+        extras: what the state is to call a leaf that the optimizer has no moments of, for each path here: running
+            statistics, which `plain_layers` gives (for flax, `params` is then `nnx.state(model, (nnx.Param,
+            nnx.BatchStat))`), or values of frozen parameters. They are in `State.extras`, where you may put others.
         options: arguments that the optimizer was made with, `groups` among them, to be recorded as hyperparameters:
             nothing else in Optax knows them. What is left out is not recorded, unless a group has it of its own.
-        values: whether the parameters' values are to travel too.
+        values: whether the parameters' values are to travel too, and extras.
 
     Returns:
         A state with copies of everything that the optimizer has moments of. Its `notes` name what is not in it.
@@ -86,10 +93,11 @@ def export_state(
         group.params = in_state(renamed, group.params)
     options = from_arguments(options or {}, "optax")
     notes = [f"Not exported: {kept}" for kept in left_behind(opt_state)]
-    notes += without_moments(_arrays_beside(leaves, mu) if values else [], imported=False)
+    found, left = _extras_of(leaves, mu, extras, axes) if values else ({}, [])
+    notes += left
     source = f"jax {jax.__version__}, optax {optax.__version__}: {type(node).__name__}"
     if s is None:
-        return State(entries, groups, source=source, notes=notes)
+        return State(entries, groups, source=source, notes=notes, extras=found)
     max_norm = options.get("max_norm")
     return State(
         entries,
@@ -101,6 +109,7 @@ def export_state(
         notes=notes,
         max_norm=None if max_norm is None else float(max_norm),
         compensated=isinstance(node, CompensatedAda2MSState),
+        extras=found,
     )
 
 
@@ -111,6 +120,7 @@ def import_state(
     *,
     names: Names = None,
     axes: Axes = None,
+    extras: Extras = None,
     values: bool = True,
     cast: bool = False,
 ) -> tuple[optax.Params, optax.OptState, Report]:
@@ -129,7 +139,8 @@ def import_state(
             same name.
         axes: for a path here, how the state's array is transposed to have this layout: (1, 0) for a kernel of (inputs,
             outputs) that is a weight of (outputs, inputs) in the state.
-        values: whether the parameters' values come from the state too.
+        extras: what the state calls a leaf that the optimizer has no moments of, for each path here.
+        values: whether the parameters' values come from the state too, and extras.
         cast: whether values may be rounded to the types here.
 
     Returns:
@@ -144,6 +155,7 @@ def import_state(
     _require_leaves(leaves, mu)
     ours = isinstance(node, (CompensatedAda2MSState, ScaleByAda2MSState))
     rows = np.ndim(_scalar(node.s)) if ours else 0  # 1: one s for each leaf; 2: one for each b2, in the rows of leaves
+    beside = _arrays_beside(leaves, mu)
     fitted = from_portable(
         state,
         _targets(leaves, node, groups=rows == 2),
@@ -154,17 +166,10 @@ def import_state(
         cast=cast,
         groups=len(mu) if rows == 2 else 1,
         others=leaves,
+        extras=extras,
+        beside={path: Extra(tuple(np.shape(x)), x.dtype.name) for path, x in beside.items()},
     )
     k = _count(fitted, ours)
-
-    def replaced(tree: Any, slot: str) -> Any:
-        paths, structure = flatten(tree)
-        new = []
-        for path, leaf in paths:
-            entry = fitted.entries.get(path)  # a parameter that is not in the optimizer stays
-            value = None if entry is None else getattr(entry, slot)
-            new.append(leaf if value is None else _filled(leaf, value))
-        return structure.unflatten(new)
 
     def moved(node: Any) -> Any:
         slots = {"mu": "exp_avg", "nu": "exp_avg_sq"}
@@ -172,7 +177,7 @@ def import_state(
             slots["compensation"] = "compensation"
         node = node._replace(
             count=_filled(node.count, k),
-            **{field: replaced(getattr(node, field), slot) for field, slot in slots.items()},
+            **{field: _replaced(getattr(node, field), slot, fitted) for field, slot in slots.items()},
         )
         if not ours:
             return node
@@ -186,8 +191,9 @@ def import_state(
     # The transformations around ours were called in skipped steps, too.
     opt_state, kept = rewritten(opt_state, moved, lambda count: _filled(count, k + fitted.skipped))
     fitted.report.notes += [f"Not imported, and as it was in opt_state: {name}" for name in kept]
-    fitted.report.notes += without_moments(_arrays_beside(leaves, mu) if values else [], imported=True)
-    return replaced(params, "param"), opt_state, fitted.report
+    left = [path for path in beside if values and path not in fitted.extras]
+    fitted.report.notes += without_moments(left, imported=True)
+    return _replaced(params, "param", fitted), opt_state, fitted.report
 
 
 def arguments(state: State, names: Names = None) -> dict[str, Any]:
@@ -202,6 +208,19 @@ def arguments(state: State, names: Names = None) -> dict[str, Any]:
         StateError: the state has groups that differ, and `names` is a function.
     """
     return portable_arguments(state, "optax", names)
+
+
+def _replaced(tree: Any, slot: str, fitted: Fitted) -> Any:
+    """A tree with a slot of the entries; what is in no optimizer stays, unless it is an extra."""
+    paths, structure = flatten(tree)
+    new = []
+    for path, leaf in paths:
+        entry = fitted.entries.get(path)
+        value = None if entry is None else getattr(entry, slot)
+        if slot == "param" and path in fitted.extras:
+            value = fitted.extras[path]
+        new.append(leaf if value is None else _filled(leaf, value))
+    return structure.unflatten(new)
 
 
 def _groups_of(options: Mapping[str, Any], ndims: Mapping[str, int], s: Any, count: int) -> list[Group]:
@@ -270,9 +289,20 @@ def _count(fitted: Fitted, ours: bool) -> int:
     return counts.pop()
 
 
-def _arrays_beside(params: dict[str, Any], mu: dict[str, Any]) -> list[str]:
-    """Names of the arrays that the optimizer has no moments of: those of another part of `optax.partition`, say."""
-    return [path for path, leaf in params.items() if path not in mu and isinstance(leaf, (jax.Array, np.ndarray))]
+def _extras_of(
+    leaves: dict[str, Any], mu: dict[str, Any], extras: Extras, axes: Axes
+) -> tuple[dict[str, Any], list[str]]:
+    """The extras of a state, and notes of what is none."""
+    wanted, beside = extras or {}, _arrays_beside(leaves, mu)
+    notes = without_moments([path for path in beside if path not in wanted], imported=False)
+    notes += [f"the extra {path!r} is not in this state: no leaf is called so" for path in wanted if path not in leaves]
+    return portable_extras({path: _numpy(x) for path, x in beside.items() if path in wanted}, extras, axes), notes
+
+
+def _arrays_beside(params: dict[str, Any], mu: dict[str, Any]) -> dict[str, Any]:
+    """The arrays that the optimizer has no moments of: those of another part of `optax.partition`, say, by name."""
+    arrays = {path: x for path, x in params.items() if isinstance(x, (jax.Array, np.ndarray))}
+    return {path: x for path, x in arrays.items() if path not in mu}
 
 
 def _require_leaves(params: dict[str, Any], mu: dict[str, Any]) -> None:

@@ -30,6 +30,7 @@ _ROLES: dict[str, Role] = {
     "scale": "scale",
     "beta": "bias",
 }
+_STATISTICS = {"moving_mean": "mean", "moving_variance": "var"}
 _KINDS = {
     "dense": ("Dense",),
     "conv": ("Conv1D", "Conv2D", "Conv3D", "DepthwiseConv1D", "DepthwiseConv2D"),
@@ -86,7 +87,10 @@ def plain_layers(model: keras.Model, *, names: LayerNames = None, axes: Axes = N
             roles = {path: role for path, (role, _) in params.items()}
             moved = {path: order for path, (_, order) in params.items() if order is not None}
             called = f"{place.layer.name!r}, {type(place.layer).__name__}"
-            layers.append(Layer(called, "", own, kind, roles, moved, place.path))
+            statistics = {
+                v.path: _STATISTICS[v.name] for v in place.variables if kind == "norm" and v.name in _STATISTICS
+            }
+            layers.append(Layer(called, "", own, kind, roles, moved, place.path, statistics))
     return number_layers(layers, names, axes)
 
 
@@ -110,7 +114,8 @@ def _inner(layer: keras.Layer) -> list[tuple[str, keras.Layer]]:
     if isinstance(layer, keras.Sequential) or hasattr(layer, "operations"):
         return [(each.name, each) for each in inner]
     attributes: dict[int, str] = {}
-    for name, value in vars(layer).items():
+    own = vars(layer)  # on torch, Keras' layers are modules, which have their layers in another place
+    for name, value in {**own, **own.get("_modules", {})}.items():
         every = {name: value}
         if isinstance(value, (list, tuple)):
             every = {f"{name}.{i}": x for i, x in enumerate(value)}

@@ -12,6 +12,8 @@ from ada2ms.core.hyperparameters import from_arguments
 from ada2ms.core.state import (
     Axes,
     Entry,
+    Extra,
+    Extras,
     Fitted,
     Group,
     Names,
@@ -24,6 +26,7 @@ from ada2ms.core.state import (
     only_count,
     optimizer_problems,
     plain_hyperparameters,
+    portable_extras,
     to_portable,
     without_moments,
 )
@@ -40,6 +43,7 @@ def export_state(
     *,
     names: Names = None,
     axes: Axes = None,
+    extras: Extras = None,
     values: bool = True,
 ) -> State:
     """The state of an optimizer, to go on from in any framework.
@@ -50,7 +54,10 @@ def export_state(
         names: what the state is to call a variable, for each path here, as a mapping or a function; those left out keep
             their paths.
         axes: for a path here, how an array of the state is to be transposed to have this layout; as in `import_state`.
-        values: whether the variables' values are to travel too.
+        extras: what the state is to call a variable that the optimizer has no moments of, for each path here: running
+            statistics, which `plain_layers` gives, or values of frozen layers. They are in `State.extras`, where you
+            may put others.
+        values: whether the variables' values are to travel too, and extras.
 
     Returns:
         A state with copies of everything. Its `notes` say what the optimizer keeps besides and no state holds.
@@ -77,7 +84,10 @@ def export_state(
     }
     entries, renamed = to_portable(entries, names, axes, _paths(model))
     notes = _left_behind(model, wrapper, optimizer)
-    notes += without_moments(_without_moments(model, optimizer) if values else [], imported=False)
+    beside = _beside(model, optimizer) if values else {}
+    found = portable_extras({path: _numpy(v) for path, v in beside.items() if path in (extras or {})}, extras, axes)
+    left = [path for path in _without_moments(model, optimizer) if values and path not in (extras or {})]
+    notes += without_moments(left, imported=False)
     choices: dict[str, Any] = {"max_norm": _max_norm(optimizer)}
     if ours:
         choices |= {name: getattr(optimizer, name) for name in ("scope", "nonfinite", "compensated")}
@@ -88,6 +98,7 @@ def export_state(
         **choices,
         source=f"keras {keras.__version__} on {keras.backend.backend()}: {type(optimizer).__name__}",
         notes=notes,
+        extras=found,
     )
 
 
@@ -98,6 +109,7 @@ def import_state(
     *,
     names: Names = None,
     axes: Axes = None,
+    extras: Extras = None,
     values: bool = True,
     cast: bool = False,
 ) -> Report:
@@ -117,7 +129,8 @@ def import_state(
             same name.
         axes: for a path here, how the state's array is transposed to have this layout: (1, 0) for the kernel of a Dense
             that is a weight of (outputs, inputs) in the state.
-        values: whether the variables' values come from the state too.
+        extras: what the state calls a variable that the optimizer has no moments of, for each path here.
+        values: whether the variables' values come from the state too, and extras.
         cast: whether values may be rounded to the types here.
 
     Returns:
@@ -128,7 +141,7 @@ def import_state(
     """
     wrapper, optimizer = optimizer, _inner(optimizer)
     optimizer.build(list(model.trainable_variables if isinstance(model, keras.Model) else model))
-    variables = _variables(model, optimizer)
+    variables, beside = _variables(model, optimizer), _beside(model, optimizer)
     fitted = from_portable(
         state,
         {path: _target(optimizer, i, v) for path, (i, v) in variables.items()},
@@ -139,8 +152,12 @@ def import_state(
         cast=cast,
         groups=_moments(optimizer),
         others=_paths(model),
+        extras=extras,
+        beside={path: Extra(tuple(v.shape), keras.backend.standardize_dtype(v.dtype)) for path, v in beside.items()},
     )
     calls = _assign_counts(optimizer, fitted, variables)
+    for path, array in fitted.extras.items():
+        _assign(beside[path], array)
     for path, (i, variable) in variables.items():
         entry = fitted.entries[path]
         _assign(optimizer._momentums[i], entry.exp_avg)
@@ -150,7 +167,8 @@ def import_state(
         if entry.param is not None:
             _assign(variable, entry.param)
     fitted.report.notes += [*_unknown(model, optimizer), *_restart(wrapper, optimizer)]
-    fitted.report.notes += without_moments(_without_moments(model, optimizer) if values else [], imported=True)
+    left = [path for path in _without_moments(model, optimizer) if values and path not in fitted.extras]
+    fitted.report.notes += without_moments(left, imported=True)
     _assign(optimizer._iterations, np.array(calls * (optimizer.gradient_accumulation_steps or 1)))
     return fitted.report
 
@@ -302,6 +320,12 @@ def _unknown(model: Model, optimizer: keras.optimizers.Optimizer) -> list[str]:
     given = model.trainable_variables if isinstance(model, keras.Model) else model
     unknown = [v.path for v in given if id(v) not in known]
     return [f"{path!r} is not among the variables that the optimizer was built with" for path in unknown]
+
+
+def _beside(model: Model, optimizer: keras.optimizers.Optimizer) -> dict[str, Variable]:
+    """By path: the variables of a model that the optimizer has no moments of."""
+    own = {id(v) for v, m in zip(optimizer._trainable_variables, optimizer._momentums, strict=True) if m is not None}
+    return {v.path: v for v in (model.variables if isinstance(model, keras.Model) else model) if id(v) not in own}
 
 
 def _without_moments(model: Model, optimizer: keras.optimizers.Optimizer) -> list[str]:

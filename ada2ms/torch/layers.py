@@ -14,6 +14,7 @@ _NORMS = tuple(
     getattr(nn, name)
     for name in ("LayerNorm", "RMSNorm", "GroupNorm", "BatchNorm1d", "BatchNorm2d", "BatchNorm3d", "SyncBatchNorm")
 )
+_BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
 _CONVS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 _TRANSPOSED_CONVS = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 _RECURRENT = {"lstm": (nn.LSTM, nn.LSTMCell), "gru": (nn.GRU, nn.GRUCell), "rnn": (nn.RNN, nn.RNNCell)}
@@ -67,7 +68,7 @@ def plain_layers(model: nn.Module, *, names: LayerNames = None, axes: Axes = Non
             moved = {name: order for name, (_, order) in params.items() if order is not None}
             if members:
                 place = f"{path}.{i}" if len(kinds) > 1 else path
-                layers.append(Layer(called, prefix, members, kind, roles, moved, place))
+                layers.append(Layer(called, prefix, members, kind, roles, moved, place, _statistics(module, prefix)))
     return number_layers(layers, names, axes)
 
 
@@ -162,6 +163,14 @@ def _recurrent(module: nn.Module, suffix: str) -> _Kind:
 
 def _transposed_parts(array: Array, cut: Cut) -> list[Array]:
     return [x.T for x in cut(array)]
+
+
+def _statistics(module: nn.Module, prefix: str) -> dict[str, str]:
+    """Running mean and variance, and their count where the next mean depends on it."""
+    if not isinstance(module, _BATCH_NORMS) or not module.track_running_stats:
+        return {}
+    counted = {"num_batches_tracked": "batches"} if module.momentum is None else {}
+    return {prefix + name: role for name, role in {"running_mean": "mean", "running_var": "var", **counted}.items()}
 
 
 def _stays_zero(bias: nn.Parameter | None) -> bool:

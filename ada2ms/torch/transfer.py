@@ -12,6 +12,8 @@ from ada2ms.core.schedules import from_dict
 from ada2ms.core.state import (
     Axes,
     Entry,
+    Extra,
+    Extras,
     Group,
     Names,
     Report,
@@ -22,6 +24,7 @@ from ada2ms.core.state import (
     in_state,
     optimizer_problems,
     plain_hyperparameters,
+    portable_extras,
     to_portable,
     without_moments,
 )
@@ -37,7 +40,13 @@ _OTHER_SLOTS = {"max_exp_avg_sq", "mu_product"}  # amsgrad's, and NAdam's
 
 
 def export_state(
-    model: Model, optimizer: torch.optim.Optimizer, *, names: Names = None, axes: Axes = None, values: bool = True
+    model: Model,
+    optimizer: torch.optim.Optimizer,
+    *,
+    names: Names = None,
+    axes: Axes = None,
+    extras: Extras = None,
+    values: bool = True,
 ) -> State:
     """The state of an optimizer, to go on from in any framework.
 
@@ -47,7 +56,10 @@ def export_state(
         names: what the state is to call a parameter, for each name here, as a mapping or a function; those left out
             keep their names.
         axes: for a name here, how an array of the state is to be transposed to have this layout; as in `import_state`.
-        values: whether the parameters' values are to travel too.
+        extras: what the state is to call an array that the optimizer has no moments of, for each name here: running
+            statistics, which `plain_layers` gives, or values of frozen parameters. They are in `State.extras`, where
+            you may put others.
+        values: whether the parameters' values are to travel too, and extras.
 
     Returns:
         A state with copies of everything that the optimizer is over. Its `notes` name parameters that it is not over.
@@ -59,8 +71,11 @@ def export_state(
     called = _names(named, optimizer)
     own = [[called[p] for p in group["params"]] for group in optimizer.param_groups]
     state = from_state_dict(optimizer.state_dict(), own, named, names=names, axes=axes, values=values)
-    notes = without_moments([name for name, p in named.items() if values and p not in called], imported=False)
-    return replace(state, source=f"torch {torch.__version__}: {type(optimizer).__name__}", notes=notes)
+    beside = _beside(model, named, called) if values else {}
+    found = portable_extras({name: _numpy(x) for name, x in beside.items() if name in (extras or {})}, extras, axes)
+    left = [name for name in beside if name in named and name not in (extras or {})]
+    notes = without_moments(left, imported=False)
+    return replace(state, extras=found, source=f"torch {torch.__version__}: {type(optimizer).__name__}", notes=notes)
 
 
 def from_state_dict(
@@ -131,6 +146,7 @@ def import_state(
     *,
     names: Names = None,
     axes: Axes = None,
+    extras: Extras = None,
     values: bool = True,
     cast: bool = False,
 ) -> Report:
@@ -144,7 +160,8 @@ def import_state(
             same name.
         axes: for a name here, how the state's array is transposed to have this layout: (1, 0) for the weight of a
             Linear that is a kernel of (inputs, outputs) in the state.
-        values: whether the parameters' values come from the state too.
+        extras: what the state calls an array that the optimizer has no moments of, for each name here.
+        values: whether the parameters' values come from the state too, and extras.
         cast: whether values may be rounded to the types here.
 
     Returns:
@@ -156,6 +173,7 @@ def import_state(
     named = _named(model)
     called = _names(named, optimizer)
     ours = isinstance(optimizer, Ada2MS)
+    beside = _beside(model, named, called)
     targets = {
         called[p]: Target(tuple(p.shape), _dtypes(p, ours), i)
         for i, group in enumerate(optimizer.param_groups)
@@ -171,6 +189,8 @@ def import_state(
         cast=cast,
         groups=len(optimizer.param_groups),
         others=named,
+        extras=extras,
+        beside={name: Extra(tuple(x.shape), str(x.dtype).removeprefix("torch.")) for name, x in beside.items()},
     )
     state_dict = optimizer.state_dict()
     params = [p for group in optimizer.param_groups for p in group["params"]]
@@ -182,8 +202,10 @@ def import_state(
         for p, name in called.items():
             if (value := fitted.entries[name].param) is not None:
                 p.copy_(tensor(value))
-    beside = [name for name, p in named.items() if values and p not in called]
-    fitted.report.notes += without_moments(beside, imported=True)
+        for name, array in fitted.extras.items():
+            beside[name].copy_(tensor(array))
+    left = [name for name in beside if values and name in named and name not in fitted.extras]
+    fitted.report.notes += without_moments(left, imported=True)
     return fitted.report
 
 
@@ -221,6 +243,12 @@ def arguments(state: State, names: Names = None) -> dict[str, Any]:
             function.
     """
     return portable_arguments(state, "torch", names)
+
+
+def _beside(model: Model, named: Mapping[str, Tensor], called: Mapping[Tensor, str]) -> dict[str, Tensor]:
+    """What the optimizer has no moments of: parameters, and a module's buffers."""
+    buffers = dict(model.named_buffers()) if isinstance(model, nn.Module) else {}
+    return {**{name: p for name, p in named.items() if p not in called}, **buffers}
 
 
 def _named(model: Model) -> Mapping[str, Tensor]:

@@ -2,12 +2,13 @@
 
 A backend's `export_state` makes a `State`, and its `import_state` takes one; `State.save` and `State.load` keep it in a
 file. `model.py` says what a state is, `file.py` how it is stored, `fit.py` how it fits a framework's parameters (and
-`compensation.py`, those of 16 bits), `layout.py` how arrays of the one lie in those of the other, `arguments.py` which
-arguments continue it, and `layers.py` what the parameters of known layers are called.
+`compensation.py`, those of 16 bits), `layout.py` how arrays of the one lie in those of the other, `extras.py` what else
+travels, `arguments.py` which arguments continue it, and `layers.py` what the parameters of known layers are called.
 """
 
 from ada2ms.core.state.arguments import arguments, named_groups, plain_hyperparameters
 from ada2ms.core.state.errors import StateError
+from ada2ms.core.state.extras import Extra, Extras, portable_extras
 from ada2ms.core.state.fit import (
     Fitted,
     Report,
@@ -40,6 +41,8 @@ __all__ = [
     "Axes",
     "Cut",
     "Entry",
+    "Extra",
+    "Extras",
     "Fitted",
     "Group",
     "Layer",
@@ -62,6 +65,7 @@ __all__ = [
     "only_count",
     "optimizer_problems",
     "plain_hyperparameters",
+    "portable_extras",
     "to_portable",
     "without_moments",
 ]

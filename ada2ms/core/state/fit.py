@@ -5,12 +5,14 @@ Also what the transfer of every framework says in the same words: which optimize
 
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import numpy as np
 
 from ada2ms.core.hyperparameters import Scope
 from ada2ms.core.state.compensation import fitted_value
 from ada2ms.core.state.errors import StateError
+from ada2ms.core.state.extras import Extra, Extras, fitted_extras
 from ada2ms.core.state.layers import reasons
 from ada2ms.core.state.layout import Axes, Layout, Name, Names, arranged, called, cut, layouts
 from ada2ms.core.state.model import Array, Entry, State
@@ -27,10 +29,17 @@ class Target:
 
 @dataclass
 class Report:
-    """What went where: for each parameter its name in the framework, its name in the state, its shape and its axes."""
+    """What went where: for each parameter its name in the framework, its name in the state, its shape and its axes.
+
+    Of `extras`, which are no parameters of the optimizer, there are the two names alone.
+    """
 
     rows: list[tuple[str, str, tuple[int, ...], tuple[int, ...] | None]]
     notes: list[str] = field(default_factory=list)
+    extras: list[tuple[str, str]] = field(default_factory=list)
+
+    def __setstate__(self, fields: dict[str, Any]) -> None:
+        self.__dict__.update({"extras": [], **fields})  # pickles of before there were extras
 
     def __str__(self) -> str:
         columns = [row[0] for row in self.rows], [row[1] for row in self.rows]
@@ -39,6 +48,7 @@ class Report:
             f"{name:{widths[0]}}  <-  {origin:{widths[1]}}  {shape}" + (f"  axes {axes}" if axes else "")
             for name, origin, shape, axes in self.rows
         ]
+        lines += [f"{name}  <-  {origin}  (extra)" for name, origin in self.extras]
         return "\n".join([*lines, *self.notes])
 
 
@@ -50,6 +60,7 @@ class Fitted:
     groups: list[tuple[float | None, int]]
     skipped: int
     report: Report
+    extras: dict[str, Array] = field(default_factory=dict)
 
 
 def to_portable(
@@ -97,6 +108,8 @@ def from_portable(
     cast: bool,
     groups: int = 1,
     others: Collection[str] = (),
+    extras: Extras = None,
+    beside: Mapping[str, Extra] | None = None,
 ) -> Fitted:
     """A state as it fits the parameters of a framework.
 
@@ -112,6 +125,8 @@ def from_portable(
         cast: whether values may be rounded to the framework's types.
         groups: the number of the framework's parameter groups.
         others: parameters of the model that are not in the optimizer: names and axes for them are ignored.
+        extras: the state's name of each array that the optimizer has no moments of.
+        beside: these, by the framework's names.
 
     Raises:
         StateError: listing every entry that is missing, superfluous, or of a wrong shape or type.
@@ -135,9 +150,19 @@ def from_portable(
     members = [{name for name, target in targets.items() if target.group == i} for i in range(groups)]
     numbers, unfit = _global_moments(state, members)
     problems += unfit
+    beside = beside or {}
+    arrays, origins, unfit, left = fitted_extras(state, beside if values else {}, extras, axes)
+    problems += unfit
+    problems += [
+        f"type: the extra {name!r} is {beside[name].dtype}, which does not hold its {x.dtype} values "
+        "(cast=True rounds them)"
+        for name, x in arrays.items()
+        if not cast and not _holds(beside[name].dtype, x)
+    ]
     if problems:
         raise StateError("The state does not fit", problems)
-    return Fitted(entries, numbers, state.skipped, Report(rows, notes))
+    report = Report(rows, [*notes, *left], list(origins.items()))
+    return Fitted(entries, numbers, state.skipped, report, arrays)
 
 
 def optimizer_problems(optimizer: str, *, known: bool, amsgrad: bool) -> list[str]:

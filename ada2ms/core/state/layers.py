@@ -7,7 +7,7 @@ Shapes in the state:
     einsum           kernel (shared axes, inputs, outputs), bias: a dense kernel for each place of an axis
     conv             kernel (height, width, inputs, outputs), bias; and so conv_transpose
     embedding        table (words, features)
-    norm             scale, bias
+    norm             scale, bias; and, as extras, the running mean and var of a BatchNorm
     prelu            slope, without axes of size 1
     attention        query.kernel, key.kernel, value.kernel (inputs, heads, features of a head), query.bias (heads,
                      features of a head) and so on; out.kernel (heads, features of a head, outputs), out.bias
@@ -40,6 +40,7 @@ class Mappings(TypedDict):
 
     names: dict[str, Role]
     axes: dict[str, tuple[int, ...] | Cut]
+    extras: dict[str, str]
 
 
 class Layer(NamedTuple):
@@ -52,6 +53,7 @@ class Layer(NamedTuple):
         kind: one of the above; OWN or None if it is not known.
         roles: of each parameter, such as "kernel"; several of one that consists of several of the state's arrays.
         axes: how an array of the state is transposed to have the framework's layout, or how that is cut; see `Layout`.
+        statistics: what it keeps besides its parameters, by their whole names: the role of each, such as "mean".
         path: where in the model it is, by the names of attributes with dots between them.
     """
 
@@ -62,6 +64,7 @@ class Layer(NamedTuple):
     roles: Mapping[str, Role]
     axes: Mapping[str, tuple[int, ...] | Cut] = {}
     path: str = ""
+    statistics: Mapping[str, str] = {}
 
 
 def number_layers(layers: Iterable[Layer], names: LayerNames, axes: Axes) -> Mappings:
@@ -78,6 +81,7 @@ def number_layers(layers: Iterable[Layer], names: LayerNames, axes: Axes) -> Map
     mappings: Mappings = {
         "names": given.copy(),
         "axes": {name: order if callable(order) else tuple(order) for name, order in (axes or {}).items()},
+        "extras": {},
     }
     problems, number = [], 0
     for layer in layers:
@@ -94,6 +98,7 @@ def number_layers(layers: Iterable[Layer], names: LayerNames, axes: Axes) -> Map
             mappings["names"][layer.prefix + name] = parts[0] if len(parts) == 1 else parts
             if name in layer.axes:
                 mappings["axes"].setdefault(layer.prefix + name, layer.axes[name])
+        mappings["extras"] |= {name: f"{place}.{role}" for name, role in layer.statistics.items() if params}
         number += bool(params)
     if problems:
         raise StateError("These layers are not plain; give names= and, where layouts differ, axes= for them", problems)
