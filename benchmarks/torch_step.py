@@ -1,11 +1,13 @@
 """The time of a step of the torch optimizer against torch.optim.AdamW, interleaved in one run.
 
-    python benchmarks/torch_step.py [--device cuda] [--isa avx2] [--rounds 15] [--only transformer] [--smoke]
+    python benchmarks/torch_step.py [--device cuda] [--isa avx2] [--rounds 15] [--only transformer]
+        [--implementation fused] [--smoke]
 
 For three shapes of model, and for a copy of as many bytes: the median over rounds of milliseconds a step; the median
 over rounds of the ratio to AdamW's time in the same round, of the same implementation (with and without clipping of the
 gradients' norm, which reads them once more as Ada2MS does); bytes that the operations of a step read and write, per
-parameter, as torch's dispatcher sees them; and these bytes by the time.
+parameter, as torch's dispatcher sees them; and these bytes by the time. "max_norm" clips by the step's own sum, "after
+clip" by `clip_grad_norm_`, to whose time the last ratio is.
 
 `--isa` has all that is measured, torch's own kernels included, keep to these instructions, on a machine that has more.
 """
@@ -82,16 +84,22 @@ def steppers(params: list[nn.Parameter]) -> dict[tuple[str, str], Callable[[], A
     for implementation, options in IMPLEMENTATIONS.items():
         adamw = torch.optim.AdamW(params, **options)
         found["AdamW", implementation] = adamw.step
-
-        def clipped(optimizer: torch.optim.Optimizer = adamw) -> None:
-            nn.utils.clip_grad_norm_(params, 1e9)
-            optimizer.step()
-
-        found["clip + AdamW", implementation] = clipped
+        found["clip + AdamW", implementation] = partial(clipped, params, adamw)
         for a in ADAPTIVITIES:
             if a in (0.3, 0.5) or implementation != "for-loop":
-                found[f"Ada2MS {a:g}", implementation] = Ada2MS(params, adaptivity=a, **options).step
+                plain, clipping, after = (
+                    Ada2MS(params, adaptivity=a, max_norm=max_norm, **options) for max_norm in (None, 1.0, None)
+                )
+                found[f"Ada2MS {a:g}", implementation] = plain.step
+                found[f"Ada2MS {a:g} max_norm", implementation] = clipping.step
+                found[f"Ada2MS {a:g} after clip", implementation] = partial(clipped, params, after)
     return found
+
+
+def clipped(params: list[nn.Parameter], optimizer: torch.optim.Optimizer) -> None:
+    """A step after torch's clip, which multiplies the gradients by its factor, here 1, whatever that is."""
+    nn.utils.clip_grad_norm_(params, 1e9)
+    optimizer.step()
 
 
 def keep_to(isa: str) -> None:
@@ -111,6 +119,7 @@ def parsed() -> argparse.Namespace:
     parser.add_argument("--isa", choices=["avx2", "avx512", "default"], help="default: without AVX (x86-64: SSE2)")
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--only", default="", help="models whose names contain this")
+    parser.add_argument("--implementation", default="", help="implementations whose names contain this")
     parser.add_argument("--smoke", action="store_true", help="tiny models, once: whether it runs")
     return parser.parse_args()
 
@@ -134,7 +143,7 @@ def main() -> None:
         for p in params:
             p.grad = torch.randn_like(p)
         entries = sum(p.numel() for p in params)
-        steps = steppers(params)
+        steps = {key: step for key, step in steppers(params).items() if options.implementation in key[1]}
         source = torch.zeros(entries, device=options.device)
         steps["copy", ""] = partial(torch.empty_like(source).copy_, source)
 
@@ -157,16 +166,19 @@ def main() -> None:
                     times[key].append((time.perf_counter() - start) / repeat)
 
         print(f"\n{title}, {entries / 1e6:.1f} M parameters")
-        print(f"{'':26}{'ms':>9}{'/ AdamW':>9}{'/ clip + AdamW':>16}{'bytes':>8}{'GB/s':>8}")
+        print(f"{'':32}{'ms':>9}{'/ AdamW':>9}{'/ clip + AdamW':>16}{'/ after clip':>14}{'bytes':>8}{'GB/s':>8}")
         for (name, implementation), found in times.items():
             ratios = ""
             if name.startswith("Ada2MS"):
-                for other, width in (("AdamW", 9), ("clip + AdamW", 16)):
-                    base = times[other, implementation]
+                after = name.replace("max_norm", "after clip") if "max_norm" in name else ""
+                for other, width in (("AdamW", 9), ("clip + AdamW", 16), (after, 14)):
+                    base = times.get((other, implementation))
+                    if base is None:
+                        continue
                     ratios += f"{statistics.median(t / b for t, b in zip(found, base, strict=True)):{width - 1}.2f}x"
             median, per_entry = statistics.median(found), moved[name, implementation]
             print(
-                f"{f'{name}, {implementation}'.strip(', '):26}{median * 1e3:9.2f}{ratios:25}{per_entry:8.0f}"
+                f"{f'{name}, {implementation}'.strip(', '):32}{median * 1e3:9.2f}{ratios:39}{per_entry:8.0f}"
                 f"{per_entry * entries / median / 1e9:8.1f}",
                 flush=True,
             )
