@@ -10,6 +10,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from distributed_checkpoints import checkpoint
+from distributed_compensated import SCENARIOS as COMPENSATED
 from distributed_support import (
     OPTIONS,
     STEPS,
@@ -338,6 +339,7 @@ SCENARIOS |= {
 SCENARIOS["ZeroRedundancyOptimizer, scope tensor, clipping"] = clipping(
     functools.partial(zero_redundancy, scope="tensor")
 )
+SCENARIOS |= COMPENSATED
 RESHARDED = "checkpoint, of another number of processes"
 PLANES = tuple(
     x for x in SCENARIOS if x.startswith(("hybrid shard", "tensor parallel and fully_shard"))

@@ -72,22 +72,29 @@ def any_infinite(gradients: Iterable[Array | None]) -> bool:
     return any(g is not None and bool(np.any(np.isinf(g))) for g in gradients)
 
 
+def torch_optimizer(case: golden.Case, dtype: str, device: str, options: dict[str, Any]) -> Any:
+    """The optimizer of a case, over parameters of its values."""
+    import torch
+
+    from ada2ms.torch import Ada2MS
+
+    groups = []
+    for given in case.groups:
+        hyper = hyperparameters(given)
+        betas = (hyper.pop("b1"), hyper.pop("b2"))
+        kinds = [{"dtype": getattr(torch, own or dtype), "device": place("torch", device)} for own in given.dtypes]
+        params = [torch.tensor(p, **kind).requires_grad_() for p, kind in zip(given.params, kinds, strict=True)]
+        groups.append({"params": params, "betas": betas, **hyper})
+    names = ("scope", "nonfinite", "max_norm", "compensated")
+    return Ada2MS(groups, **{name: getattr(case, name) for name in names}, **options)
+
+
 def torch_replay(**options: Any) -> Replay:
     def replay(case: golden.Case, dtype: str, device: str) -> Iterator[Snapshot | None]:
         import torch
 
-        from ada2ms.torch import Ada2MS
-
         require_device("torch", device)
-        kind = {"dtype": getattr(torch, dtype), "device": place("torch", device)}
-        groups = []
-        for given in case.groups:
-            hyper = hyperparameters(given)
-            betas = (hyper.pop("b1"), hyper.pop("b2"))
-            groups.append(
-                {"params": [torch.tensor(p, **kind).requires_grad_() for p in given.params], "betas": betas, **hyper}
-            )
-        optimizer = Ada2MS(groups, scope=case.scope, nonfinite=case.nonfinite, max_norm=case.max_norm, **options)
+        optimizer = torch_optimizer(case, dtype, device, options)
         params = [p for group in optimizer.param_groups for p in group["params"]]
 
         def slot(name: str) -> list[Array]:  # made at a parameter's first update
@@ -96,6 +103,10 @@ def torch_replay(**options: Any) -> Replay:
                 x[name].double().cpu().numpy() if name in x else np.zeros(p.shape)
                 for p, x in zip(params, states, strict=True)
             ]
+
+        def compensation(p: torch.Tensor) -> Array | None:
+            found = optimizer.state.get(p, {}).get("compensation")
+            return None if found is None else found.double().cpu().numpy()
 
         def k(group: dict[str, Any]) -> int:
             """With scope "tensor" it is one for all groups, and one that has no state does not hold it itself."""
@@ -120,13 +131,14 @@ def torch_replay(**options: Any) -> Replay:
                 else [float(optimizer.state.get(p, {}).get("global_exp_avg_sq", 0)) for p in params],
                 k=[k(g) for g in optimizer.param_groups],
                 skipped=int(of_group(optimizer, optimizer.param_groups[0]).get("skipped", 0)),
+                compensation=[compensation(p) for p in params],
             )
 
         for i, gradients in enumerate(case.gradients):
             for group, given in zip(optimizer.param_groups, case.groups, strict=True):
                 group["lr"] = given.lr[i]
             for p, g in zip(params, gradients, strict=True):
-                p.grad = None if g is None else torch.tensor(g, **kind)
+                p.grad = None if g is None else torch.tensor(g, dtype=p.dtype, device=p.device)
             optimizer.step()
             yield snapshot() if i + 1 in recorded(case) else None
 

@@ -26,9 +26,7 @@ needs_compiler = pytest.mark.skipif(
 
 
 # What a backend does not have yet, by the names of its arguments here; to be empty.
-NOT_YET = {
-    ("torch", "compensated"),
-}
+NOT_YET: set[tuple[str, str]] = set()
 
 
 def skip_what_is_not_there_yet(framework: str, addition: str) -> None:

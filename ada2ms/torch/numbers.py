@@ -15,11 +15,17 @@ class _ComputeDtypes(dict[torch.dtype, torch.dtype]):
 
 
 COMPUTE_DTYPES = _ComputeDtypes()
+_SIXTEEN_BITS = {torch.float16, torch.bfloat16, torch.complex32}
 
 
 def compute_dtype(dtype: torch.dtype) -> torch.dtype:
     """At least float32."""
     return COMPUTE_DTYPES[dtype]
+
+
+def compensation_dtype(dtype: torch.dtype) -> torch.dtype | None:
+    """The dtype of a parameter's compensation: its own if its real numbers have 16 bits; None for a wider one."""
+    return dtype if dtype in _SIXTEEN_BITS else None
 
 
 def count_dtype(fused: bool | None = False) -> torch.dtype:

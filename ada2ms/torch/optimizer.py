@@ -14,6 +14,7 @@ from torch.optim.optimizer import (
 )
 
 from ada2ms.core.hyperparameters import (
+    DEFAULT_COMPENSATED,
     DEFAULT_MAX_NORM,
     DEFAULT_NONFINITE,
     DEFAULT_SCOPE,
@@ -26,8 +27,8 @@ from ada2ms.core.schedules import AdaptivitySchedule
 from ada2ms.torch import shared
 from ada2ms.torch.checks import Given, check_fsdp, check_group, whole_size
 from ada2ms.torch.loading import restore, translate
-from ada2ms.torch.numbers import COMPUTE_DTYPES
-from ada2ms.torch.shared import CHOICES, SHARED, K, S, Tied
+from ada2ms.torch.numbers import COMPUTE_DTYPES, compensation_dtype
+from ada2ms.torch.shared import CHOICES, COMPENSATION, SHARED, K, S, Tied
 from ada2ms.torch.step import Division, ParamLists, Scaling, step_model
 from ada2ms.torch.tying import tie
 
@@ -48,7 +49,8 @@ class Ada2MS(Optimizer):
     State, in `state[p]` of each parameter that has had an update: `step`, `exp_avg` and `exp_avg_sq` (of the
     parameter's shape, in at least float32), `global_exp_avg_sq` (s), `global_step` (k) and `skipped`. The last three
     are one tensor for all parameters that share them: s and k for those whose groups have the same b2, `skipped` for
-    all; with scope "tensor" s is the parameter's own. `param_groups` have hyperparameters alone.
+    all; with scope "tensor" s is the parameter's own. With `compensated` there is `compensation`, too, of the shape and
+    the dtype of a parameter of 16 bits. `param_groups` have hyperparameters alone.
 
     Differs from AdamW: 16-bit parameters have float32 state, also after loading; a state dict holds a schedule from
     `ada2ms.core` as plain data and leaves out any other callable, in whose place the optimizer that loads keeps its
@@ -70,6 +72,11 @@ class Ada2MS(Optimizer):
             no pass over the gradients, which stay as they are, and no communication: the step has their norm anyway,
             which is then in `grad_norm`. Infinity scales nothing. Groups, and state dicts, have it while it is not
             None.
+        compensated: whether parameters of 16 bits keep what is lost when they are rounded, in a slot of their own dtype
+            (Kahan's summation), so that updates and decay of less than half of their last digit add up: theta +
+            compensation has 16 significant bits with bfloat16 and 22 with float16. Wider parameters have none. What
+            writes to parameters beside the optimizer (another checkpoint loaded into the model) leaves the slot as it
+            is: load the optimizer's state, too, or clear it.
         maximize, foreach, capturable, differentiable: as in torch.optim.AdamW.
         fused: as in torch.optim.AdamW, GradScaler included: one pass over the data after the sum, in C++ on CPUs and in
             Triton on CUDA. The C++ is compiled on first use (some ten seconds, once for each version and kind of
@@ -109,6 +116,7 @@ class Ada2MS(Optimizer):
         scope: Scope = DEFAULT_SCOPE,
         nonfinite: Nonfinite = DEFAULT_NONFINITE,
         max_norm: float | None = DEFAULT_MAX_NORM,
+        compensated: bool = DEFAULT_COMPENSATED,
         maximize: bool = False,
         foreach: bool | None = None,
         capturable: bool = False,
@@ -125,6 +133,7 @@ class Ada2MS(Optimizer):
             "scope": scope,
             "nonfinite": nonfinite,
             "max_norm": max_norm,
+            "compensated": compensated,
             "maximize": maximize,
             "foreach": foreach,
             "capturable": capturable,
@@ -141,6 +150,7 @@ class Ada2MS(Optimizer):
         self._last: dict[str, Tensor | None] = {"square_sum": None}
         check_group(defaults, defaults)
         defaults["max_norm"] = None if max_norm is None else as_float(max_norm)
+        defaults["compensated"] = bool(compensated)
         super().__init__(params, defaults)
         if fused:
             self._step_supports_amp_scaling = True  # GradScaler then leaves the scaling to step
@@ -169,6 +179,7 @@ class Ada2MS(Optimizer):
         grads: list[Tensor],
         exp_avgs: list[Tensor],
         exp_avg_sqs: list[Tensor],
+        compensations: list[Tensor | None],
         steps: list[Tensor],
         averages: list[Tensor],
         counts: list[Tensor],
@@ -177,12 +188,13 @@ class Ada2MS(Optimizer):
     ) -> None:
         """Fills the lists with what has a gradient, of all groups, and makes the state that is not there yet.
 
+        `compensations` are those of all parameters, None for one that has none, or empty without `compensated`;
         `averages` are s, with scope "model" of each pair of (s, k), with scope "tensor" of each parameter; `counts` the
         k of each pair, and the number of skipped steps; `sizes` the number of parameters of each group, and `pairs` the
         index of its pair. (torch.compile runs a method of this name as it is, and traces nothing in it.)
         """
         settled = False
-        lists: tuple[list[Any], ...] = (params, grads, exp_avgs, exp_avg_sqs, steps, averages, sizes)
+        lists: tuple[list[Any], ...] = (params, grads, exp_avgs, exp_avg_sqs, compensations, steps, averages, sizes)
         if self._tied is not None and self._tied.moved:
             with suppress(KeyError):
                 settled = self._collect(self._tied, *lists)
@@ -209,6 +221,7 @@ class Ada2MS(Optimizer):
         grads: list[Tensor],
         exp_avgs: list[Tensor],
         exp_avg_sqs: list[Tensor],
+        compensations: list[Tensor | None],
         steps: list[Tensor],
         averages: list[Tensor],
         sizes: list[int],
@@ -221,6 +234,7 @@ class Ada2MS(Optimizer):
             if shared.signature(group) != signature:
                 return False
             (s, k), before = tied.pairs[pair], len(params)
+            compensated = group.get("compensated")
             for p in group["params"]:
                 g = p.grad
                 if g is None:
@@ -237,6 +251,11 @@ class Ada2MS(Optimizer):
                     return False
                 if own is not s and (model or not isinstance(own, Tensor)):
                     return False
+                if compensated:
+                    compensation = state.get(COMPENSATION)
+                    if getattr(compensation, "dtype", None) is not compensation_dtype(p.dtype):
+                        return False
+                    compensations.append(compensation)
                 params.append(p)
                 grads.append(g)
                 exp_avgs.append(exp_avg)
@@ -273,12 +292,13 @@ class Ada2MS(Optimizer):
         grads: list[Tensor] = []
         exp_avgs: list[Tensor] = []
         exp_avg_sqs: list[Tensor] = []
+        compensations: list[Tensor | None] = []
         steps: list[Tensor] = []
         averages: list[Tensor] = []
         counts: list[Tensor] = []
         sizes: list[int] = []
         pairs: list[int] = []
-        self._init_group(params, grads, exp_avgs, exp_avg_sqs, steps, averages, counts, sizes, pairs)
+        self._init_group(params, grads, exp_avgs, exp_avg_sqs, compensations, steps, averages, counts, sizes, pairs)
         groups: list[ParamLists] = []
         start = 0
         for group, size, pair in zip(self.param_groups, sizes, pairs, strict=True):
@@ -290,6 +310,7 @@ class Ada2MS(Optimizer):
                 grads[start:end],
                 exp_avgs[start:end],
                 exp_avg_sqs[start:end],
+                compensations[start:end],
                 steps[start:end],
                 some,
                 counts[pair],

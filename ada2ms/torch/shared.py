@@ -14,15 +14,27 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import _device_dtype_check_for_fused
 
-from ada2ms.core.hyperparameters import DEFAULT_MAX_NORM, DEFAULT_NONFINITE, DEFAULT_SCOPE, check
-from ada2ms.torch.numbers import compute_dtype, count_dtype, counts_on_device
+from ada2ms.core.hyperparameters import (
+    DEFAULT_COMPENSATED,
+    DEFAULT_MAX_NORM,
+    DEFAULT_NONFINITE,
+    DEFAULT_SCOPE,
+    check,
+)
+from ada2ms.torch.numbers import compensation_dtype, compute_dtype, count_dtype, counts_on_device
 
 S, K, SKIPPED = SHARED = ("global_exp_avg_sq", "global_step", "skipped")
+COMPENSATION = "compensation"
 # What is the whole optimizer's, in each of its groups, and what a group has that does not say.
-CHOICES = {"scope": DEFAULT_SCOPE, "nonfinite": DEFAULT_NONFINITE, "max_norm": DEFAULT_MAX_NORM}
+CHOICES = {
+    "scope": DEFAULT_SCOPE,
+    "nonfinite": DEFAULT_NONFINITE,
+    "max_norm": DEFAULT_MAX_NORM,
+    "compensated": DEFAULT_COMPENSATED,
+}
 # Of these, what is in groups only while it is not the default: checkpoints of versions without it then have the same
 # keys, which torch.distributed.checkpoint insists on.
-OPTIONAL = ("max_norm",)
+OPTIONAL = ("max_norm", "compensated")
 State = dict[str, Any]
 Pair = tuple[Tensor | None, Tensor]
 Groups = Sequence[dict[str, Any]]
@@ -80,7 +92,19 @@ def make_moments(p: Tensor, state: State, group: dict[str, Any]) -> None:
     state["step"] = torch.zeros((), dtype=count_dtype(group["fused"]), device=device)
     state["exp_avg"] = torch.zeros_like(p, dtype=compute_dtype(p.dtype), memory_format=torch.preserve_format)
     state["exp_avg_sq"] = torch.zeros_like(p, dtype=compute_dtype(p.dtype), memory_format=torch.preserve_format)
+    fit_compensation(p, state, group)
     state.update(shared)
+
+
+def fit_compensation(p: Tensor, state: State, group: dict[str, Any]) -> None:
+    """Gives a parameter a compensation, or takes it away, as its dtype and its group say."""
+    dtype = compensation_dtype(p.dtype) if group.get("compensated") else None
+    if dtype is None:
+        state.pop(COMPENSATION, None)  # from now on it would be wrong
+    elif COMPENSATION not in state:
+        state[COMPENSATION] = torch.zeros_like(p, memory_format=torch.preserve_format)
+    elif state[COMPENSATION].dtype is not dtype:
+        state[COMPENSATION] = state[COMPENSATION].to(dtype)
 
 
 def check_alike(groups: Groups) -> None:

@@ -44,12 +44,13 @@ class ParamLists:
     grads: list[Tensor]
     exp_avgs: list[Tensor]
     exp_avg_sqs: list[Tensor]
+    compensations: list[Tensor | None]  # see `ada2ms.torch.kernels`
     steps: list[Tensor]
     global_exp_avg_sqs: list[Tensor]  # one; with scope "tensor" one per tensor
     k: Tensor
     pair: int  # groups with the same one share s and k
     leads: bool  # whether it is the first of these, which updates them
-    views: tuple[list[Tensor], ...] = field(init=False)  # params, exp_avgs, exp_avg_sqs: real, and what is here of them
+    views: tuple[list[Any], ...] = field(init=False)  # real, and what is here: params, exp_avgs, exp_avg_sqs, ...
     kernel: Kernel = field(init=False)
     plain: bool = False  # whether the views are the tensors themselves
 
@@ -116,12 +117,12 @@ def step_model(
 def prepare(lists: ParamLists, inv_scale: Tensor | None) -> None:
     """Views of the tensors of a group, the kernel for them, and unscaled gradients for a kernel that does not scale."""
     lists.plain = not torch.compiler.is_compiling() and are_plain(lists.params)
-    tensors = lists.params, lists.exp_avgs, lists.exp_avg_sqs
+    tensors = lists.params, lists.exp_avgs, lists.exp_avg_sqs, lists.compensations
     if lists.plain:
         lists.views = tensors
     else:
         lists.grads = [local(g, p) for g, p in zip(lists.grads, lists.params, strict=True)]
-        lists.views = tuple([local(x) for x in some] for some in tensors)
+        lists.views = tuple([None if x is None else local(x) for x in some] for some in tensors)
     lists.kernel = choose(lists.views[0], lists.grads, lists.group)
     if inv_scale is not None and not lists.kernel.scales:
         lists.grads = [g.to(torch.promote_types(g.dtype, torch.float32)) * inv_scale.to(g.device) for g in lists.grads]
@@ -308,7 +309,7 @@ def update(
     step_is_live: bool | Tensor,
 ) -> None:
     """Coefficients and kernel for the tensors of a group, those of one device and dtype together."""
-    group, kernel, (params, exp_avgs, exp_avg_sqs) = lists.group, lists.kernel, lists.views
+    group, kernel, (params, exp_avgs, exp_avg_sqs, compensations) = lists.group, lists.kernel, lists.views
     decays = isinstance(hyper.weight_decay, Tensor) or hyper.weight_decay != 0
     options = Options(
         hyper.beta1,
@@ -320,7 +321,7 @@ def update(
         group["maximize"],
         group["differentiable"],
         factor,
-        step_is_live if isinstance(step_is_live, Tensor) and kernel.scales else None,
+        step_is_live if isinstance(step_is_live, Tensor) else None,
     )
     counts: Sequence[Scalar] = lists.steps
     if hyper.on_host:
@@ -345,7 +346,8 @@ def update(
             fold=kernel.folds,
             gather=kernel.on_device,
         )
-        kernel.update(*here, each, options)
+        some = compensations if whole or not compensations else [compensations[i] for i in indices]
+        kernel.update(*here, each, options, some)
 
 
 def _alike(exp_avgs: Sequence[Tensor], kernel: Kernel) -> list[list[int]]:

@@ -31,7 +31,7 @@ from ada2ms.core.state import (
 from ada2ms.core.state import arguments as portable_arguments
 from ada2ms.torch import shared
 from ada2ms.torch.loading import without_stale
-from ada2ms.torch.numbers import compute_dtype
+from ada2ms.torch.numbers import compensation_dtype, compute_dtype
 from ada2ms.torch.optimizer import Ada2MS
 
 Model = nn.Module | Mapping[str, Tensor]
@@ -121,7 +121,10 @@ def from_state_dict(
                 step=int(state.get("step", 0)),
                 global_exp_avg_sq=None if s is None or given.get("scope") != "tensor" else float(s),
                 param=_numpy(value) if values and value is not None else None,
+                compensation=_numpy(state[shared.COMPENSATION]) if shared.COMPENSATION in state else None,
             )
+            if np.iscomplexobj(entries[name].exp_avg):
+                entries[name] = _in_one(entries[name])
         hyper = {**given, "b1": given["betas"][0], "b2": given["betas"][1]}
         if given.get("decoupled_weight_decay") is False and given["weight_decay"]:
             del hyper["weight_decay"]  # Adam's, which is a part of the gradient, has no place in the rule
@@ -174,8 +177,11 @@ def import_state(
     called = _names(named, optimizer)
     ours = isinstance(optimizer, Ada2MS)
     beside = _beside(model, named, called)
+    complex_halves = [name for p, name in called.items() if p.dtype == torch.complex32]
+    if problems := [f"type: {name!r} is complex32, which NumPy does not have" for name in complex_halves]:
+        raise StateError("The state does not fit", problems)
     targets = {
-        called[p]: Target(tuple(p.shape), _dtypes(p, ours), i)
+        called[p]: Target(tuple(p.shape), _dtypes(p, ours, group), i)
         for i, group in enumerate(optimizer.param_groups)
         for p in group["params"]
     }
@@ -210,10 +216,12 @@ def import_state(
 
 
 def to_state(entries: Sequence[Entry], *, own_s: bool) -> dict[int, dict[str, Tensor]]:
-    """What a state dict of torch has under "state"; a parameter that has had no update has none."""
+    """What a state dict of torch has under "state"; a parameter that has had no update has none, but for what is left
+    of its value.
+    """
     state = {}
     for index, entry in enumerate(entries):
-        if entry.step:
+        if entry.step or np.any(0 if entry.compensation is None else entry.compensation):
             state[index] = {
                 "step": torch.tensor(float(entry.step), dtype=torch.float32),
                 "exp_avg": tensor(entry.exp_avg),
@@ -221,6 +229,8 @@ def to_state(entries: Sequence[Entry], *, own_s: bool) -> dict[int, dict[str, Te
             }
             if own_s and entry.global_exp_avg_sq is not None:
                 state[index][shared.S] = torch.tensor(entry.global_exp_avg_sq, dtype=torch.float64)
+            if entry.compensation is not None:
+                state[index][shared.COMPENSATION] = tensor(entry.compensation)
     return state
 
 
@@ -251,6 +261,13 @@ def _beside(model: Model, named: Mapping[str, Tensor], called: Mapping[Tensor, s
     return {**{name: p for name, p in named.items() if p not in called}, **buffers}
 
 
+def _in_one(entry: Entry) -> Entry:
+    """With param + compensation as its value, since a state has no complex numbers of 16 bits."""
+    if entry.param is None or entry.compensation is None:
+        return replace(entry, compensation=None)
+    return replace(entry, param=entry.param + entry.compensation, compensation=None)
+
+
 def _named(model: Model) -> Mapping[str, Tensor]:
     return dict(model.named_parameters()) if isinstance(model, nn.Module) else model
 
@@ -275,9 +292,11 @@ def _names(named: Mapping[str, Tensor], optimizer: torch.optim.Optimizer) -> dic
     return {p: known[p] for p in params}
 
 
-def _dtypes(p: Tensor, ours: bool) -> dict[str, str]:
+def _dtypes(p: Tensor, ours: bool, group: dict[str, Any]) -> dict[str, str]:
     moments = compute_dtype(p.dtype) if ours else p.dtype
     names = {"param": p.dtype, "exp_avg": moments, "exp_avg_sq": moments}
+    if ours and shared.choice(group, "compensated") and (dtype := compensation_dtype(p.dtype)) is not None:
+        names[shared.COMPENSATION] = dtype
     return {slot: str(dtype).removeprefix("torch.") for slot, dtype in names.items()}
 
 

@@ -28,6 +28,7 @@ from ada2ms.torch.shared import (
     State,
     Tied,
     check_alike,
+    fit_compensation,
     home,
     make_moments,
     signature,
@@ -127,6 +128,7 @@ class _Tying:
                 for key in ("exp_avg", "exp_avg_sq"):
                     if state[key].dtype is not compute_dtype(p.dtype):
                         state[key] = state[key].to(compute_dtype(p.dtype))
+                fit_compensation(p, state, group)
                 if not (isinstance(state["step"], Tensor) and state["step"].itemsize >= 4):
                     state["step"] = count(state["step"], count_dtype(group["fused"]))
                 for key in SHARED:

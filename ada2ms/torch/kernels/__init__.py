@@ -1,6 +1,6 @@
 """The update of parameters and moments, in four implementations of one signature.
 
-    update(params, grads, exp_avgs, exp_avg_sqs, coefficients, options)
+    update(params, grads, exp_avgs, exp_avg_sqs, coefficients, options, compensations)
 
 Each takes lists of plain real tensors, whose moments are all on one device and of one dtype, and works in place.
 """
@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 Scalar = float | Tensor  # a Python number where the host knows it, else a 0-d tensor
+Compensations = Sequence[Tensor | None]  # None beside a parameter that is wider than 16 bits; empty if all have none
 
 
 class Options(NamedTuple):
@@ -28,7 +29,8 @@ class Options(NamedTuple):
         differentiable: whether autograd follows the step.
         inv_scale: what gradients are still to be multiplied by: what clips them and, for a kernel that unscales them by
             itself, the inverse of their scale.
-        step_is_live: for the kernels that need no masked gradients: whether the step counts, if the host does not know.
+        step_is_live: whether the step counts, if the host does not know: for kernels that need no masked gradients, and
+            for compensations.
     """
 
     beta1: Scalar

@@ -8,7 +8,18 @@ import torch
 from torch import Tensor
 
 from ada2ms.core.coefficients import Coefficients, PowerKind, denom_can_be_zero, power_kind
-from ada2ms.torch.kernels import Options, Scalar, at, group_indices, like, of_each, smallest_normal, weights
+from ada2ms.torch.kernels import (
+    Compensations,
+    Options,
+    Scalar,
+    at,
+    group_indices,
+    like,
+    of_each,
+    smallest_normal,
+    weights,
+)
+from ada2ms.torch.kernels.compensation import write
 
 
 def update(
@@ -18,25 +29,35 @@ def update(
     exp_avg_sqs: Sequence[Tensor],
     coefficients: Coefficients,
     options: Options,
+    compensations: Compensations = (),
 ) -> None:
     """See `ada2ms.torch.kernels`."""
     if options.differentiable:
         raise AssertionError("_foreach ops don't support autograd")
     together = group_indices([p.dtype for p in params])
     for indices in together:
+        some = [x for i in indices for x in compensations[i : i + 1] if x is not None]  # of each, or of none
         if len(together) == 1:
-            _update(list(params), list(grads), list(exp_avgs), list(exp_avg_sqs), coefficients, options)
+            _update(list(params), list(grads), list(exp_avgs), list(exp_avg_sqs), some, coefficients, options)
         else:
             p, g, m, v = ([x[i] for i in indices] for x in (params, grads, exp_avgs, exp_avg_sqs))
-            _update(p, g, m, v, Coefficients(*(at(x, indices) for x in coefficients)), options)
+            _update(p, g, m, v, some, Coefficients(*(at(x, indices) for x in coefficients)), options)
 
 
 def _update(
-    p: list[Tensor], g: list[Tensor], m: list[Tensor], v: list[Tensor], coefficients: Coefficients, options: Options
+    p: list[Tensor],
+    g: list[Tensor],
+    m: list[Tensor],
+    v: list[Tensor],
+    compensations: list[Tensor],
+    coefficients: Coefficients,
+    options: Options,
 ) -> None:
     """The update of parameters of one dtype."""
     dtype = m[0].dtype
     theta = p if p[0].dtype == dtype else [x.to(dtype) for x in p]
+    if compensations:
+        torch._foreach_add_(theta, _widened(compensations, dtype))
     g = [x if x.dtype == dtype else x.to(dtype) for x in g]
     _update_moments(g, m, v, options)
     del g
@@ -44,8 +65,30 @@ def _update(
     if options.decay_factor is not None:
         torch._foreach_mul_(theta, options.decay_factor)
     _subtract(theta, m, d, coefficients.step_size)
-    if theta is not p:
+    if compensations:
+        _write(p, compensations, theta, options.step_is_live)
+    elif theta is not p:
         torch._foreach_copy_(p, theta)
+
+
+def _widened(tensors: list[Tensor], dtype: torch.dtype) -> list[Tensor]:
+    """Copies in a wider dtype, by one operation."""
+    wide = [torch.empty_like(x, dtype=dtype) for x in tensors]
+    torch._foreach_copy_(wide, tensors)
+    return wide
+
+
+def _write(p: list[Tensor], compensations: list[Tensor], new: list[Tensor], step_is_live: Tensor | None) -> None:
+    """`write` for many tensors, by operations over lists where there are such."""
+    if step_is_live is not None or torch.compiler.is_compiling():
+        for tensors in zip(p, compensations, new, strict=True):
+            write(*tensors, step_is_live)
+        return
+    torch._foreach_copy_(p, new)
+    torch._foreach_sub_(new, _widened(p, new[0].dtype))
+    for x in new:
+        x.nan_to_num_(nan=0.0, posinf=0.0, neginf=0.0)
+    torch._foreach_copy_(compensations, new)
 
 
 def _update_moments(g: list[Tensor], m: list[Tensor], v: list[Tensor], options: Options) -> None:

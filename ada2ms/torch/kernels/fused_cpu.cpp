@@ -15,6 +15,10 @@
 #include <type_traits>
 #include <vector>
 
+#ifdef __F16C__
+#include <immintrin.h>
+#endif
+
 namespace {
 
 using at::Tensor;
@@ -154,9 +158,39 @@ void update(int64_t n, W* p, const W* g, W* m, W* v, const Scalars<W>& c, const 
   if (i < n) update_block<kind>(n - i, p + i, g + i, m + i, v + i, c, exponent);
 }
 
-// One tensor, as it lies in memory, and its numbers.
+// To and from 16 bits, to nearest even.
+template <typename To, typename From>
+inline void convert(int64_t n, const From* __restrict x, To* __restrict y) {
+  int64_t i = 0;
+#ifdef __F16C__  // compilers make no vectors of c10::Half's own conversion
+  if constexpr (std::is_same_v<From, at::Half> && std::is_same_v<To, float>) {
+    for (; i + 8 <= n; i += 8)
+      _mm256_storeu_ps(y + i, _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(x + i))));
+  } else if constexpr (std::is_same_v<From, float> && std::is_same_v<To, at::Half>) {
+    for (; i + 8 <= n; i += 8)
+      _mm_storeu_si128(reinterpret_cast<__m128i*>(y + i),
+                       _mm256_cvtps_ph(_mm256_loadu_ps(x + i), _MM_FROUND_TO_NEAREST_INT));
+  }
+#endif
+  for (; i < n; ++i) y[i] = static_cast<To>(x[i]);
+}
+
+// theta <- round(new),   compensation <- round(new - theta), 0 where theta is not finite
+template <typename P, typename W>
+void split(int64_t n, const W* __restrict given, P* __restrict p, P* __restrict compensation) {
+  W rest[kBuffer];
+  convert(n, given, p);
+  convert(n, p, rest);
+  for (int64_t i = 0; i < n; ++i) {
+    const W lost = given[i] - rest[i];
+    rest[i] = std::abs(lost) <= std::numeric_limits<W>::max() ? lost : W(0);
+  }
+  convert(n, rest, compensation);
+}
+
+// One tensor, as it lies in memory, and its numbers; `compensation` is null if it has none.
 struct Work {
-  void *p, *g, *m, *v;
+  void *p, *g, *m, *v, *compensation;
   Scalars<double> scalars;
   const Exponent* exponent;
   void (*run)(const Work&, int64_t begin, int64_t end);
@@ -171,13 +205,19 @@ void run(const Work& work, int64_t begin, int64_t end) {
   if constexpr (std::is_same_v<P, W>) {
     update<kind, W>(end - begin, p + begin, g + begin, m + begin, v + begin, c, *work.exponent);
   } else {
+    P* compensation = static_cast<P*>(work.compensation);
     W wide_p[kBuffer], wide_g[kBuffer];
     for (; begin < end; begin += kBuffer) {
       const int64_t n = std::min(kBuffer, end - begin);
-      for (int64_t i = 0; i < n; ++i) wide_p[i] = static_cast<W>(p[begin + i]);
-      for (int64_t i = 0; i < n; ++i) wide_g[i] = static_cast<W>(g[begin + i]);
+      convert(n, p + begin, wide_p);
+      if (compensation) {
+        convert(n, compensation + begin, wide_g);
+        for (int64_t i = 0; i < n; ++i) wide_p[i] += wide_g[i];
+      }
+      convert(n, g + begin, wide_g);
       update<kind, W>(n, wide_p, wide_g, m + begin, v + begin, c, *work.exponent);
-      for (int64_t i = 0; i < n; ++i) p[begin + i] = static_cast<P>(wide_p[i]);
+      if (compensation) split(n, wide_p, p + begin, compensation + begin);
+      else convert(n, wide_p, p + begin);
     }
   }
 }
@@ -233,7 +273,8 @@ std::vector<double> counts(TensorList tensors) {
 }
 
 // The update of lists of tensors, in place; step sizes, the scales of d and eps are one for all, or one for each.
-void step(TensorList params, TensorList grads, TensorList exp_avgs, TensorList exp_avg_sqs,
+// Compensations are those of all 16-bit parameters, in their order, or there are none.
+void step(TensorList params, TensorList grads, TensorList exp_avgs, TensorList exp_avg_sqs, TensorList compensations,
           at::ArrayRef<double> step_sizes, at::ArrayRef<double> denom_scales, at::ArrayRef<double> eps, double beta1,
           double beta2, double decay_factor, double adaptivity, double inv_scale) {
   std::vector<Work> works;
@@ -251,6 +292,7 @@ void step(TensorList params, TensorList grads, TensorList exp_avgs, TensorList e
   Scalars<double> scalars{inv_scale, beta1, 1 - beta1, beta2, 1 - beta2, 1, 0, decay_factor, 0};
   const PowerKind kind = power_kind(adaptivity);
   const auto of = [](at::ArrayRef<double> numbers, size_t i) { return numbers[numbers.size() == 1 ? 0 : i]; };
+  size_t compensated = 0;
   for (size_t i = 0; i < params.size(); ++i) {
     const Tensor &p = params[i], &g = grads[i];
     scalars.step_size = of(step_sizes, i);
@@ -259,14 +301,18 @@ void step(TensorList params, TensorList grads, TensorList exp_avgs, TensorList e
     const auto narrow = p.scalar_type(), wide = narrow == at::kDouble ? at::kDouble : at::kFloat;
     const auto of_g = g.scalar_type() == narrow ? narrow : wide;
     const Tensor like = p.is_non_overlapping_and_dense() ? p : p.contiguous();
+    void* compensation = nullptr;
+    if (narrow != wide && !compensations.empty())
+      compensation = as(compensations.at(compensated++), like, narrow, true);
     works.push_back({as(p, like, narrow, true), as(g, like, of_g, false), as(exp_avgs[i], like, wide, true),
-                     as(exp_avg_sqs[i], like, wide, true), scalars, &exponent, run_for(kind, narrow, of_g)});
+                     as(exp_avg_sqs[i], like, wide, true), compensation, scalars, &exponent,
+                     run_for(kind, narrow, of_g)});
     sizes.push_back(p.numel());
   }
   for_parts(sizes, [&](size_t i, int64_t begin, int64_t end) { works[i].run(works[i], begin, end); });
   for (size_t i = 0; i < copies.size(); ++i)
     if (originals[i].defined()) originals[i].copy_(copies[i]);
-  for (TensorList written : {params, exp_avgs, exp_avg_sqs})  // so that autograd knows
+  for (TensorList written : {params, exp_avgs, exp_avg_sqs, compensations})  // so that autograd knows
     for (const Tensor& x : written) x.unsafeGetTensorImpl()->bump_version();
 }
 
@@ -322,9 +368,9 @@ Tensor squares(TensorList tensors) {
 
 TORCH_LIBRARY(ada2ms, library) {
   library.def(
-      "step(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] exp_avgs, Tensor(c!)[] exp_avg_sqs, float[] step_sizes, "
-      "float[] denom_scales, float[] eps, float beta1, float beta2, float decay_factor, float adaptivity, "
-      "float inv_scale) -> ()");
+      "step(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] exp_avgs, Tensor(c!)[] exp_avg_sqs, "
+      "Tensor(d!)[] compensations, float[] step_sizes, float[] denom_scales, float[] eps, float beta1, float beta2, "
+      "float decay_factor, float adaptivity, float inv_scale) -> ()");
   library.def("squares(Tensor[] tensors) -> Tensor");
   library.def("counts(Tensor[] tensors) -> float[]");
 }

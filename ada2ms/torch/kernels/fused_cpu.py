@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ada2ms.core.coefficients import Coefficients
-from ada2ms.torch.kernels import Options, of_each
+from ada2ms.torch.kernels import Compensations, Options, of_each
 
 _FLAGS = {  # what torch compiles its own kernels with, where it finds these instructions
     "AVX2": ["-mavx2", "-mfma", "-mf16c"],
@@ -88,6 +88,7 @@ def update(
     exp_avg_sqs: Sequence[Tensor],
     coefficients: Coefficients,
     options: Options,
+    compensations: Compensations = (),
 ) -> None:
     """See `ada2ms.torch.kernels`; reads what is on the device, which is the CPU."""
     if options.step_is_live is not None and not options.step_is_live:
@@ -101,6 +102,7 @@ def update(
         grads,
         exp_avgs,
         exp_avg_sqs,
+        [x for x in compensations if x is not None],
         step_sizes,
         denom_scales,
         eps,

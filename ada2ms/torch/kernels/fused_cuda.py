@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from ada2ms.core.coefficients import Coefficients, power_kind
-from ada2ms.torch.kernels import Options, at, single
+from ada2ms.torch.kernels import Compensations, Options, at, single
 
 _BLOCK, _CHUNK = 1024, 8192  # entries at once; entries of a program, which are of one tensor
 
@@ -49,6 +49,13 @@ def _denom_power(v, coarse, fine, KIND: tl.constexpr):  # type: ignore[no-untype
 
 
 @triton.jit  # type: ignore[untyped-decorator]
+def _lost(new, P: tl.constexpr):  # type: ignore[no-untyped-def]  # noqa: N803
+    """What rounding takes from new values; 0 where they are not finite then."""
+    rest = new - new.to(P).to(new.dtype)
+    return tl.where(tl.abs(rest) < float("inf"), rest, 0.0)
+
+
+@triton.jit  # type: ignore[untyped-decorator]
 def _update(  # type: ignore[no-untyped-def]
     table,
     owners,
@@ -59,21 +66,24 @@ def _update(  # type: ignore[no-untyped-def]
     M: tl.constexpr,  # noqa: N803
     ALIGNED: tl.constexpr,  # noqa: N803
     KIND: tl.constexpr,  # noqa: N803
+    COMPENSATED: tl.constexpr,  # noqa: N803
     CHUNK: tl.constexpr,  # noqa: N803
     BLOCK: tl.constexpr,  # noqa: N803
 ):
     """A chunk of the tensor that owns it, by its row in the table, with the numbers of all and of each tensor."""
-    row = table + tl.load(owners + tl.program_id(0)) * 8
+    row = table + tl.load(owners + tl.program_id(0)) * (9 if COMPENSATED else 8)
     p_ptr = tl.load(row).to(tl.pointer_type(P))
     g_ptr = tl.load(row + 1).to(tl.pointer_type(G))
     m_ptr = tl.load(row + 2).to(tl.pointer_type(M))
     v_ptr = tl.load(row + 3).to(tl.pointer_type(M))
+    c_ptr = tl.load(row + 8).to(tl.pointer_type(P)) if COMPENSATED else p_ptr
     index, first = tl.load(row + 5), tl.load(row + 6)
     step_is_live = tl.load(numbers + 1)
     size = tl.load(row + 4) * step_is_live.to(tl.int64)  # no entries in a step that does not count
     if ALIGNED:  # so that it loads and stores 16 bytes at a time
         p_ptr, g_ptr = tl.multiple_of(p_ptr, 16), tl.multiple_of(g_ptr, 16)
         m_ptr, v_ptr, size = tl.multiple_of(m_ptr, 16), tl.multiple_of(v_ptr, 16), tl.multiple_of(size, 16)
+        c_ptr = tl.multiple_of(c_ptr, 16)
 
     inv_scale, eps, decay_factor = tl.load(numbers).to(M), tl.load(numbers + 4).to(M), tl.load(numbers + 6).to(M)
     beta1, beta2, exponent = tl.load(numbers + 2), tl.load(numbers + 3), tl.load(numbers + 5)
@@ -90,6 +100,8 @@ def _update(  # type: ignore[no-untyped-def]
         m, v = tl.load(m_ptr + i, mask=mask, other=0.0), tl.load(v_ptr + i, mask=mask, other=0.0)
         g = tl.load(g_ptr + i, mask=mask, other=0.0).to(M) * inv_scale
         p = tl.load(p_ptr + i, mask=mask, other=0.0).to(M)
+        if COMPENSATED:
+            p += tl.load(c_ptr + i, mask=mask, other=0.0).to(M)
         m = beta1 * m + weight1 * g
         v = beta2 * v + weight2 * g * g
         quotient = m  # at the adaptivity 0 the step size has been divided by d
@@ -102,6 +114,8 @@ def _update(  # type: ignore[no-untyped-def]
         tl.store(m_ptr + i, m, mask=mask)
         tl.store(v_ptr + i, v, mask=mask)
         tl.store(p_ptr + i, p.to(P), mask=mask)
+        if COMPENSATED:
+            tl.store(c_ptr + i, _lost(p, P).to(P), mask=mask)
 
 
 def update(
@@ -111,33 +125,39 @@ def update(
     exp_avg_sqs: Sequence[Tensor],
     coefficients: Coefficients,
     options: Options,
+    compensations: Compensations = (),
 ) -> None:
     """See `ada2ms.torch.kernels`."""
     device = exp_avgs[0].device
     compute_dtype = {dtype: torch.promote_types(dtype, torch.float32) for dtype in {p.dtype for p in params}}
     rows: dict[tuple[torch.dtype, ...], list[tuple[int, ...]]] = {}  # by what the kernel is compiled for
     held = []  # gradients that were laid out anew, until they have been read
-    for i, (p, g, m, v) in enumerate(zip(params, grads, exp_avgs, exp_avg_sqs, strict=True)):
-        contiguous = p.is_contiguous() and g.is_contiguous() and m.is_contiguous() and v.is_contiguous()
-        if not m.dtype == v.dtype == compute_dtype[p.dtype] or not (contiguous or _same_layout(p, m, v)):  # rare
+    lists = zip(params, grads, exp_avgs, exp_avg_sqs, compensations or [None] * len(params), strict=True)
+    for i, (p, g, m, v, c) in enumerate(lists):
+        written = (m, v) if c is None else (m, v, c)
+        contiguous = p.is_contiguous() and g.is_contiguous() and all(x.is_contiguous() for x in written)
+        if not m.dtype == v.dtype == compute_dtype[p.dtype] or not (contiguous or _same_layout(p, *written)):  # rare
             each = Coefficients(*(at(x, [i]) for x in coefficients))
-            single.update([p], [_masked(g, options, m.dtype)], [m], [v], each, options)
+            single.update([p], [_masked(g, options, m.dtype)], [m], [v], each, options, [c])
             continue
         if not (contiguous or _same_layout(p, g)):
             g = torch.empty_like(p, dtype=g.dtype).copy_(g)
             held.append(g)
         row = (p.data_ptr(), g.data_ptr(), m.data_ptr(), v.data_ptr(), p.numel(), i)
-        rows.setdefault((p.dtype, g.dtype, m.dtype), []).append(row)
+        rows.setdefault((p.dtype, g.dtype, m.dtype), []).append(row if c is None else (*row, c.data_ptr()))
 
     kind = int(power_kind(options.adaptivity / 2))
     of_all, of_each = _of_all(coefficients.eps, options, device), _of_each(coefficients, len(params), device)
     for dtypes, found in rows.items():
         types = [getattr(tl, str(dtype).removeprefix("torch.")) for dtype in dtypes]
         p_type, g_type, m_type = dtypes
-        for aligned, parts in _parts(np.array(found), [p_type.itemsize, g_type.itemsize, *[m_type.itemsize] * 2]):
+        compensated = len(found[0]) == 7  # parameters of a dtype are, or are not
+        itemsizes = [p_type.itemsize, g_type.itemsize, *[m_type.itemsize] * 2, *[p_type.itemsize] * compensated]
+        for aligned, parts in _parts(np.array(found), itemsizes):
             table, owners = _table(parts, device)
             with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
-                _update[len(owners),](table, owners, of_all, of_each, *types, aligned, kind, _CHUNK, _BLOCK)
+                arguments = table, owners, of_all, of_each, *types, aligned, kind, compensated
+                _update[len(owners),](*arguments, _CHUNK, _BLOCK)
 
 
 def _masked(g: Tensor, options: Options, dtype: torch.dtype) -> Tensor:
@@ -149,13 +169,13 @@ def _masked(g: Tensor, options: Options, dtype: torch.dtype) -> Tensor:
 def _parts(rows: NDArray[Any], itemsizes: list[int]) -> Iterator[tuple[bool, NDArray[Any]]]:
     """Cuts tensors in two, so that whole multiples of 16 entries at addresses that are such multiples go together.
 
-    Rows are (four pointers, number of entries, index of the tensor).
+    Rows are (four pointers, number of entries, index of the tensor), and (pointer to the compensation) if it has one.
     """
-    sizes = rows[:, 4]
-    aligned = np.where((rows[:, :4] % 16 == 0).all(axis=1), sizes - sizes % 16, 0)
+    sizes, pointers = rows[:, 4], [0, 1, 2, 3, 6][: len(itemsizes)]
+    aligned = np.where((rows[:, pointers] % 16 == 0).all(axis=1), sizes - sizes % 16, 0)
     body, tail = rows.copy(), rows.copy()
     body[:, 4] = aligned
-    tail[:, :4] += aligned[:, None] * np.array(itemsizes)
+    tail[:, pointers] += aligned[:, None] * np.array(itemsizes)
     tail[:, 4] -= aligned
     for is_aligned, part in ((True, body), (False, tail)):
         if (part := part[part[:, 4] > 0]).size:
@@ -163,12 +183,12 @@ def _parts(rows: NDArray[Any], itemsizes: list[int]) -> Iterator[tuple[bool, NDA
 
 
 def _table(rows: NDArray[Any], device: torch.device) -> tuple[Tensor, Tensor]:
-    """The kernel's table of tensors, of eight numbers each, and the tensor that each of its programs works on."""
+    """The kernel's table of tensors, of eight or nine numbers each, and the tensor that each program works on."""
     programs = -(-rows[:, 4] // _CHUNK)
-    table = np.column_stack([rows, programs.cumsum() - programs, programs])
+    table = np.column_stack([rows[:, :6], programs.cumsum() - programs, programs, rows[:, 6:]])
     if _captured(device):  # where every number of the host becomes an argument of a launch
         on_device = _on_device(table.ravel().tolist(), torch.int64, device)
-        return on_device, torch.repeat_interleave(on_device[7::8], output_size=int(programs.sum()))
+        return on_device, torch.repeat_interleave(on_device[7 :: table.shape[1]], output_size=int(programs.sum()))
     owners = np.repeat(np.arange(len(rows)), programs)
     on_device = _copied(torch.from_numpy(np.concatenate([table.ravel(), owners])), device)
     return on_device[: table.size], on_device[table.size :]

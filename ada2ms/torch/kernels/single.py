@@ -7,7 +7,8 @@ import torch
 from torch import Tensor
 
 from ada2ms.core.coefficients import Coefficients, PowerKind, denom_can_be_zero, power_kind
-from ada2ms.torch.kernels import Options, Scalar, like, of_each, smallest_normal, weights
+from ada2ms.torch.kernels import Compensations, Options, Scalar, like, of_each, smallest_normal, weights
+from ada2ms.torch.kernels.compensation import write
 
 
 def update(
@@ -17,15 +18,19 @@ def update(
     exp_avg_sqs: Sequence[Tensor],
     coefficients: Coefficients,
     options: Options,
+    compensations: Compensations = (),
 ) -> None:
     """See `ada2ms.torch.kernels`; the only implementation that autograd can follow."""
     n, decay_factor = len(params), options.decay_factor
     differentiable, exponent = options.differentiable, options.adaptivity / 2
     kind = power_kind(exponent)
     each = zip(*(of_each(x, n) for x in coefficients), strict=True)
-    for p, g, m, v, (step_size, denom_scale, eps) in zip(params, grads, exp_avgs, exp_avg_sqs, each, strict=True):
+    tensors = zip(params, grads, exp_avgs, exp_avg_sqs, compensations or [None] * n, strict=True)
+    for (p, g, m, v, compensation), (step_size, denom_scale, eps) in zip(tensors, each, strict=True):
         dtype = m.dtype
         theta = p if p.dtype == dtype else p.to(dtype)
+        if compensation is not None:
+            theta = theta.add_(compensation)
         g = g if g.dtype == dtype else g.to(dtype)
         _update_moments(g, m, v, options)
 
@@ -47,7 +52,9 @@ def update(
         if differentiable:
             m = m.clone()  # autograd keeps what the quotient was given, and m changes in the next step
         theta = _subtract(theta, m, d, step_size)
-        if p.dtype != dtype:
+        if compensation is not None:
+            write(p, compensation, theta, options.step_is_live)
+        elif p.dtype != dtype:
             p.copy_(theta)
 
 
