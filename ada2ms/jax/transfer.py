@@ -53,8 +53,9 @@ def export_state(
         params: the parameters, a tree. A leaf's name here is its path in it, `"dense/kernel"`.
         opt_state: a state of Optax with one state of `ada2ms`, `optax.adamw` or `optax.adam` in it.
         names: what the state is to call a parameter, for each path here, as a mapping or a function; those left out
-            keep their paths.
-        axes: for a path here, how an array of the state is to be transposed to have this layout; as in `import_state`.
+            keep their paths. One that is cut, as a packed projection, has several names.
+        axes: for a path here, how an array of the state is to be transposed to have this layout, or a function that
+            cuts an array here; as in `import_state`.
         extras: what the state is to call a leaf that the optimizer has no moments of, for each path here: running
             statistics, which `plain_layers` gives (for flax, `params` is then `nnx.state(model, (nnx.Param,
             nnx.BatchStat))`), or values of frozen parameters. They are in `State.extras`, where you may put others.
@@ -138,7 +139,9 @@ def import_state(
         names: what the state calls a parameter, for each path here, as a mapping or a function; those left out have the
             same name.
         axes: for a path here, how the state's array is transposed to have this layout: (1, 0) for a kernel of (inputs,
-            outputs) that is a weight of (outputs, inputs) in the state.
+            outputs) that is a weight of (outputs, inputs) in the state. Or a function
+            that cuts an array here into those of the state that `names` has for it, by indexing, transposing and
+            reshaping alone: `lambda w: [x.T for x in np.split(w, 3)]`. The way back follows from it.
         extras: what the state calls a leaf that the optimizer has no moments of, for each path here.
         values: whether the parameters' values come from the state too, and extras.
         cast: whether values may be rounded to the types here.

@@ -52,8 +52,9 @@ def export_state(
         model: the model, or its trainable variables. A variable's name here is its path, `"sequential/dense/kernel"`.
         optimizer: `Ada2MS`, `keras.optimizers.AdamW` or `Adam`, built; or a `LossScaleOptimizer` of one.
         names: what the state is to call a variable, for each path here, as a mapping or a function; those left out keep
-            their paths.
-        axes: for a path here, how an array of the state is to be transposed to have this layout; as in `import_state`.
+            their paths. One that is cut, as the gates of an LSTM, has several names.
+        axes: for a path here, how an array of the state is to be transposed to have this layout, or a function that
+            cuts an array here; as in `import_state`.
         extras: what the state is to call a variable that the optimizer has no moments of, for each path here: running
             statistics, which `plain_layers` gives, or values of frozen layers. They are in `State.extras`, where you
             may put others.
@@ -128,7 +129,9 @@ def import_state(
         names: what the state calls a variable, for each path here, as a mapping or a function; those left out have the
             same name.
         axes: for a path here, how the state's array is transposed to have this layout: (1, 0) for the kernel of a Dense
-            that is a weight of (outputs, inputs) in the state.
+            that is a weight of (outputs, inputs) in the state. Or a function
+            that cuts an array here into those of the state that `names` has for it, by indexing, transposing and
+            reshaping alone: `lambda w: [x.T for x in np.split(w, 3)]`. The way back follows from it.
         extras: what the state calls a variable that the optimizer has no moments of, for each path here.
         values: whether the variables' values come from the state too, and extras.
         cast: whether values may be rounded to the types here.

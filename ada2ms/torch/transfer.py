@@ -54,8 +54,9 @@ def export_state(
         model: the module, or its parameters by name.
         optimizer: Ada2MS, torch.optim.AdamW or torch.optim.Adam, over parameters of the model.
         names: what the state is to call a parameter, for each name here, as a mapping or a function; those left out
-            keep their names.
-        axes: for a name here, how an array of the state is to be transposed to have this layout; as in `import_state`.
+            keep their names. One that is cut, as a packed projection, has several names.
+        axes: for a name here, how an array of the state is to be transposed to have this layout, or a function that
+            cuts an array here; as in `import_state`.
         extras: what the state is to call an array that the optimizer has no moments of, for each name here: running
             statistics, which `plain_layers` gives, or values of frozen parameters. They are in `State.extras`, where
             you may put others.
@@ -162,7 +163,9 @@ def import_state(
         names: what the state calls a parameter, for each name here, as a mapping or a function; those left out have the
             same name.
         axes: for a name here, how the state's array is transposed to have this layout: (1, 0) for the weight of a
-            Linear that is a kernel of (inputs, outputs) in the state.
+            Linear that is a kernel of (inputs, outputs) in the state. Or a function that cuts an array here into those
+            of the state that `names` has for it, by indexing, transposing and reshaping alone: `lambda w: [x.T for x in
+            np.split(w, 3)]`. The way back follows from it.
         extras: what the state calls an array that the optimizer has no moments of, for each name here.
         values: whether the parameters' values come from the state too, and extras.
         cast: whether values may be rounded to the types here.

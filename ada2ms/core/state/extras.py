@@ -35,7 +35,8 @@ def portable_extras(values: Mapping[str, Array], extras: Extras, axes: Axes) -> 
         raise StateError("The state cannot be exported", problems)
     moved: dict[str, Array] = {}
     for name, layout in found.items():
-        moved |= dict(zip(layout.names, layout.apart(values[name]), strict=True))
+        parts = layout.apart({"": values[name]})
+        moved |= {part: arrays[""] for part, arrays in zip(layout.names, parts, strict=True)}
     return {name: np.array(array) for name, array in moved.items()}
 
 
@@ -59,7 +60,8 @@ def fitted_extras(
             shapes = ", ".join(str(part.shape) for part in parts)
             problems.append(f"shape: the extra {called(name, layout)} has {layout.shape}; in the state {shapes}")
             continue
-        arrays[name], origins[name] = layout.together(parts), " + ".join(layout.names)
+        arrays[name] = layout.together([{"": part} for part in parts])[""]
+        origins[name] = " + ".join(layout.names)
     taken = {part for layout in found.values() for part in layout.names}
     notes += [
         f"the extra {name!r} goes nowhere: nothing here is called so" for name in state.extras if name not in taken

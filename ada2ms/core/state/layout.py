@@ -50,8 +50,7 @@ class Layout(NamedTuple):
             return f"the function cannot cut an array of {self.shape} ({error})"
         if len(parts) != len(self.names):
             return f"the function cuts it into {len(parts)} arrays (must be {len(self.names)}: {list(self.names)})"
-        every = np.sort(np.concatenate([part.ravel() for part in parts]))
-        if not np.array_equal(every, np.arange(prod(self.shape))):
+        if not _is_permutation(parts, prod(self.shape)):
             return "the function does not give every entry once (must only index, transpose and reshape)"
         return ""
 
@@ -61,24 +60,41 @@ class Layout(NamedTuple):
             return [part.shape for part in self._positions()]
         return [tuple(self.shape[i] for i in np.argsort(self.axes or range(len(self.shape))))]
 
-    def apart(self, array: Array) -> list[Array]:
-        """The state's arrays of one here."""
+    def apart(self, arrays: Mapping[str, Array]) -> list[dict[str, Array]]:
+        """The state's arrays of each of these here, such as a parameter and its moments."""
         if callable(self.axes):
-            return [np.asarray(array.ravel()[part]) for part in self._positions()]
-        return [array if self.axes is None else array.transpose(np.argsort(self.axes))]
+            positions = self._positions()
+            return [{slot: np.asarray(x.ravel()[part]) for slot, x in arrays.items()} for part in positions]
+        order = self.axes
+        return [{slot: x if order is None else x.transpose(np.argsort(order)) for slot, x in arrays.items()}]
 
-    def together(self, parts: Sequence[Array]) -> Array:
-        """The array here of those of the state."""
-        if not callable(self.axes):
-            return parts[0] if self.axes is None else parts[0].transpose(self.axes)
-        array = np.empty(prod(self.shape), np.result_type(*parts))
-        for position, part in zip(self._positions(), parts, strict=True):
-            array[position] = part
-        return array.reshape(self.shape)
+    def together(self, parts: Sequence[Mapping[str, Array]]) -> dict[str, Array]:
+        """The arrays here of those of the state."""
+        order, first = self.axes, parts[0]
+        if not callable(order):
+            return {slot: x if order is None else x.transpose(order) for slot, x in first.items()}
+        positions = self._positions()
+        found = {}
+        for slot in first:
+            array = np.empty(prod(self.shape), np.result_type(*(part[slot] for part in parts)))
+            for position, part in zip(positions, parts, strict=True):
+                array[position] = part[slot]
+            found[slot] = array.reshape(self.shape)
+        return found
 
     def _positions(self) -> list[Array]:
         assert callable(self.axes)
         return [np.asarray(x) for x in self.axes(np.arange(prod(self.shape)).reshape(self.shape))]
+
+
+def _is_permutation(parts: Sequence[Array], size: int) -> bool:
+    """Whether arrays of positions have each position below `size` once."""
+    seen = np.zeros(size, bool)
+    for part in parts:
+        if part.dtype != np.intp or (part.size and not (part.min() >= 0 and part.max() < size)):
+            return False
+        seen[part] = True
+    return sum(part.size for part in parts) == size and bool(seen.all())
 
 
 def layouts(
@@ -120,14 +136,16 @@ def cut(entry: Entry, layout: Layout) -> dict[str, Entry]:
         ValueError: such parts have different shapes.
     """
     if len(layout.names) == 1 or entry.global_exp_avg_sq is None:
-        arrays = {slot: layout.apart(array) for slot, array in entry.slots().items()}
-        return {name: _with(entry, {slot: x[i] for slot, x in arrays.items()}) for i, name in enumerate(layout.names)}
+        parts = layout.apart(entry.slots())
+        return {name: _with(entry, slots) for name, slots in zip(layout.names, parts, strict=True)}
     if len(set(layout.shapes())) > 1:
         raise ValueError(
             f"its parts {list(layout.names)} have different shapes, and with scope='tensor' are one tensor"
         )
-    order = np.argsort(layout.names)
-    stacked = {slot: np.stack([layout.apart(x)[i] for i in order]) for slot, x in entry.slots().items()}
+    ordered = [
+        part for _, part in sorted(zip(layout.names, layout.apart(entry.slots()), strict=True), key=lambda x: x[0])
+    ]
+    stacked = {slot: np.stack([part[slot] for part in ordered]) for slot in entry.slots()}
     return {joined_name(layout.names): _with(entry, stacked)}
 
 
@@ -223,12 +241,11 @@ def _misfit(state: State, name: str, layout: Layout, parts: list[str]) -> str:
 
 def _joined(entries: list[Entry], layout: Layout) -> Entry:
     """The entry here of those of the state, of one of which the parts are stacked in the order of their names."""
+    parts = [entry.slots() for entry in entries]
     if len(layout.names) > 1 and len(entries) == 1:
-        place = np.argsort(np.argsort(layout.names))
-        slots = {slot: layout.together([x[i] for i in place]) for slot, x in entries[0].slots().items()}
-    else:
-        slots = {slot: layout.together([entry.slots()[slot] for entry in entries]) for slot in entries[0].slots()}
-    return _with(entries[0], slots)
+        places = np.argsort(np.argsort(layout.names))
+        parts = [{slot: x[i] for slot, x in parts[0].items()} for i in places]
+    return _with(entries[0], layout.together(parts))
 
 
 def _with(entry: Entry, slots: dict[str, Array]) -> Entry:
