@@ -131,8 +131,15 @@ def torch_steps(params: list[Any], on_gpu: bool) -> dict[str, Step]:
     steps |= {f"Ada2MS {a:g} fused": Ada2MS(params, adaptivity=a, fused=True).step for a in (0.0, 0.3, 0.5, 1.0)}
     steps["clip, AdamW fused"] = partial(clipped, torch.optim.AdamW(params, fused=True))
     steps["clip, Ada2MS 0.5 fused"] = partial(clipped, Ada2MS(params, adaptivity=0.5, fused=True))
+    steps["clip by max_norm, Ada2MS 0.5 fused"] = Ada2MS(params, adaptivity=0.5, fused=True, max_norm=1e9).step
     steps["AdamW default"] = torch.optim.AdamW(params).step
     steps["Ada2MS 0.5 default"] = Ada2MS(params, adaptivity=0.5).step
+    short = [torch.nn.Parameter(p.detach().bfloat16()) for p in params]
+    for p, q in zip(short, params, strict=True):
+        p.grad = None if q.grad is None else q.grad.bfloat16()
+    steps["bfloat16, AdamW fused"] = torch.optim.AdamW(short, fused=True).step
+    steps["bfloat16, Ada2MS 0.5 fused"] = Ada2MS(short, adaptivity=0.5, fused=True).step
+    steps["bfloat16, Ada2MS 0.5 fused compensated"] = Ada2MS(short, adaptivity=0.5, fused=True, compensated=True).step
     if on_gpu:
         for name, make in (("AdamW", torch.optim.AdamW), ("Ada2MS 0.5", partial(Ada2MS, adaptivity=0.5))):
             optimizer = make(params, fused=True, capturable=True)
@@ -147,6 +154,8 @@ def torch_steps(params: list[Any], on_gpu: bool) -> dict[str, Step]:
 def torch_baseline(name: str) -> str:
     if name.startswith("clip"):
         return "clip, AdamW fused"
+    if name.startswith("bfloat16"):
+        return "bfloat16, AdamW fused"
     return "AdamW default" if "default" in name else f"AdamW fused{', CUDA graph' if 'graph' in name else ''}"
 
 
@@ -210,7 +219,7 @@ def benchmark_torch(options: Options) -> Iterator[Section]:
         times = interleaved(steps, torch.cuda.synchronize if options.on_gpu else lambda: None, options.rounds)
         data = compared(times, torch_baseline)
         for name, row in data.items():
-            if options.on_gpu and not name.startswith("clip"):
+            if options.on_gpu and not name.startswith(("clip", "bfloat16")):
                 # AdamW reads p, g, m, v and writes p, m, v, of four bytes each; Ada2MS reads g once more.
                 moved = sum(p.numel() for p in params) * (28 if name.startswith("AdamW") else 32)
                 row["of bandwidth"] = f"{moved / row['ms'] / 1e6 / bandwidth:.0%}"
@@ -233,6 +242,7 @@ def benchmark_jax(options: Options) -> Iterator[Section]:
     makers |= {f"ada2ms {a:g}": partial(ada2ms, 1e-3, adaptivity=a) for a in (0.0, 0.3, 0.5, 1.0)}
     makers["clip, adamw"] = lambda: optax.chain(clip(1e9), optax.adamw(1e-3, weight_decay=1e-2))
     makers["clip, ada2ms 0.5"] = lambda: optax.chain(clip(1e9), ada2ms(1e-3, adaptivity=0.5))
+    makers["clip by max_norm, ada2ms 0.5"] = partial(ada2ms, 1e-3, adaptivity=0.5, max_norm=1e9)
     for title, shapes in options.models.items():
         if len(shapes) > 500:  # compiling as many loops for each takes minutes
             continue
