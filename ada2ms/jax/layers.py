@@ -13,6 +13,7 @@ from ada2ms.core.state import (
     LayerNames,
     Mappings,
     Role,
+    StateError,
     einsum_product,
     gates,
     number_layers,
@@ -67,7 +68,9 @@ def plain_layers(model: Any, *, names: LayerNames = None, axes: Axes = None) -> 
         axes: layouts of these, where they differ, as there.
 
     Raises:
-        StateError: naming every other layer that has parameters without a name in `names`.
+        StateError: naming every other layer that has parameters without a name in `names`; or the modules whose
+            attributes are no longer in the order in which they were set: flax sorts them whenever a model goes through
+            `nnx.jit`, `nnx.grad`, `nnx.merge` or `nnx.clone`. Call this before, and keep the result.
         ImportError: flax is not installed.
     """
     require("flax", "jax")
@@ -77,7 +80,10 @@ def plain_layers(model: Any, *, names: LayerNames = None, axes: Axes = None) -> 
     paths = {id(x): "/".join(map(str, path)) for path, x in nnx.iter_graph(model) if isinstance(x, nnx.Param)}
     layers = []
     seen: set[int] = set()
-    for place in _places(_Place(model, "", "", _goes_backwards(None, "", model, nnx)), nnx, set()):
+    places = list(_places(_Place(model, "", "", _goes_backwards(None, "", model, nnx)), nnx, set()))
+    if names != "auto":
+        _require_order(places, nnx)
+    for place in places:
         params = _params(place.module, nnx)
         own = {name: paths[id(x)] for name, x in params.items() if x[...] is not None and id(x) not in seen}
         seen.update(map(id, params.values()))  # a shared parameter belongs to the first layer that has it
@@ -105,19 +111,63 @@ def _places(place: _Place, nnx: Any, seen: set[int]) -> Iterator[_Place]:
     yield place
     if _is_whole(module, nnx):
         return
+    for name, inner in _inner(module, nnx).items():
+        for key, each in inner.items():
+            backwards = _goes_backwards(place, name, each, nnx)
+            below = _below(module, key, nnx)
+            yield from _places(
+                _Place(each, _joined("/", attributes, key), _joined(".", path, below), backwards), nnx, seen
+            )
+
+
+def _inner(module: Any, nnx: Any) -> dict[str, dict[str, Any]]:
+    """The modules directly in a module, by their paths in it, for each attribute that has some."""
+    found = {}
     for name, value in vars(module).items():
         inner = {name: value}
         if isinstance(value, (list, tuple, nnx.List)):
             inner = {f"{name}/{i}": x for i, x in enumerate(value)}
         elif isinstance(value, (dict, nnx.Dict)) and not name.startswith("_"):
             inner = {f"{name}/{key}": x for key, x in dict(value.items()).items()}
-        for key, each in inner.items():
-            if isinstance(each, nnx.Module) and not isinstance(each, (nnx.List, nnx.Dict)):
-                backwards = _goes_backwards(place, name, each, nnx)
-                below = _below(module, key, nnx)
-                yield from _places(
-                    _Place(each, _joined("/", attributes, key), _joined(".", path, below), backwards), nnx, seen
-                )
+        modules = {
+            key: x for key, x in inner.items() if isinstance(x, nnx.Module) and not isinstance(x, (nnx.List, nnx.Dict))
+        }
+        if modules:
+            found[name] = modules
+    return found
+
+
+def _require_order(places: list[_Place], nnx: Any) -> None:
+    unknown = [(place, order) for place in places if (order := _without_order(place, nnx))]
+    if unknown:
+        raise StateError(
+            "Layers are numbered in the order in which attributes were set, and nnx.jit, nnx.grad, nnx.merge and "
+            "nnx.clone sort them (call plain_layers before, where the model is made, and keep what it returns; or with "
+            'a new model of the same layers; or give names="auto")',
+            [f"{place.attributes!r}, {type(place.module).__name__}: {', '.join(order)}" for place, order in unknown],
+        )
+
+
+def _without_order(place: _Place, nnx: Any) -> list[str]:
+    """The attributes of a module that have parameters, if their order may be flax' own: that of the alphabet."""
+    ordered = []
+    for name, inner in _inner(place.module, nnx).items():
+        held = [key for key, x in inner.items() if any(isinstance(y, nnx.Param) for _, y in nnx.iter_graph(x))]
+        numbered = isinstance(getattr(place.module, name), (list, tuple, nnx.List))
+        ordered += [name] * bool(held) if numbered else held
+    if len(ordered) < 2 or ordered != sorted(ordered):
+        return []
+    return ordered if any(_is_sorted(x, nnx) for _, x in nnx.iter_graph(place.module)) else []
+
+
+def _is_sorted(module: Any, nnx: Any) -> bool:
+    """Whether the attributes of one of flax' own layers, which sets none of them in such an order, are sorted."""
+    if not isinstance(module, nnx.Module) or not type(module).__module__.startswith("flax.nnx.nn."):
+        return False
+    every = {name: x for name, x in vars(module).items() if not name.startswith("_")}
+    options = [name for name, x in every.items() if not isinstance(x, (nnx.Module, nnx.Variable))]
+    by_tree_map = options == sorted(options) and not isinstance(module, nnx.PReLU)  # whose options always are
+    return by_tree_map or list(every) == sorted(every)
 
 
 def _below(module: Any, key: str, nnx: Any) -> str:

@@ -334,7 +334,9 @@ def _like(old: Any, value: Any) -> Any:
         return type(old)(value)
     if isinstance(old, (np.ndarray, np.generic)):
         return np.array(value, old.dtype)[()] if isinstance(old, np.generic) else np.array(value, old.dtype)
-    return jax.device_put(jnp.asarray(value, old.dtype), old.sharding)
+    new = jnp.asarray(value, old.dtype)
+    # An array that is bound to no device stays so: bound ones compile anew, and may not meet those of another device.
+    return jax.device_put(new, old.sharding) if old.committed else new
 
 
 def _dtypes(**slots: Any) -> dict[str, str]:
