@@ -1,7 +1,7 @@
 """The update of one tensor after the other."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor
@@ -9,6 +9,9 @@ from torch import Tensor
 from ada2ms.core.coefficients import Coefficients, PowerKind, denom_can_be_zero, power_kind
 from ada2ms.torch.kernels import Compensations, Options, Scalar, like, of_each, smallest_normal, weights
 from ada2ms.torch.kernels.compensation import write
+from ada2ms.torch.kernels.power import by_roots_and_logarithm, power_by_roots_and_logarithm
+
+_PIECE = 1 << 19  # entries
 
 
 def update(
@@ -26,7 +29,8 @@ def update(
     kind = power_kind(exponent)
     each = zip(*(of_each(x, n) for x in coefficients), strict=True)
     tensors = zip(params, grads, exp_avgs, exp_avg_sqs, compensations or [None] * n, strict=True)
-    for (p, g, m, v, compensation), (step_size, denom_scale, eps) in zip(tensors, each, strict=True):
+    pieces = ((piece, numbers) for some, numbers in zip(tensors, each, strict=True) for piece in _pieces(some, options))
+    for (p, g, m, v, compensation), (step_size, denom_scale, eps) in pieces:
         dtype = m.dtype
         theta = p if p.dtype == dtype else p.to(dtype)
         if compensation is not None:
@@ -58,6 +62,24 @@ def update(
             p.copy_(theta)
 
 
+_Tensors = tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None]  # the last is the compensation, if there is one
+
+
+def _pieces(tensors: _Tensors, options: Options) -> Iterable[_Tensors]:
+    """The tensors; large ones on a CPU in pieces that stay in the cache from one operation to the next."""
+    p, g, m, v, compensation = tensors
+    if not p.is_cpu or p.numel() <= _PIECE or options.differentiable or torch.compiler.is_compiling():
+        return [tensors]
+    if not all(x is None or x.is_contiguous() for x in tensors):
+        return [tensors]
+    last = [None] * -(-p.numel() // _PIECE) if compensation is None else _split(compensation)
+    return zip(_split(p), _split(g), _split(m), _split(v), last, strict=True)
+
+
+def _split(tensor: Tensor) -> Sequence[Tensor]:
+    return torch.split(tensor.view(-1), _PIECE)
+
+
 def _update_moments(g: Tensor, m: Tensor, v: Tensor, options: Options) -> None:
     # m <- b1*m + (1-b1)*g,   v <- b2*v + (1-b2)*g*g
     weight1, weight2, factor = weights(options, m.dtype)
@@ -81,6 +103,8 @@ def _denom_power(v: Tensor, exponent: Scalar, kind: PowerKind, differentiable: b
         return v.sqrt()
     if kind is PowerKind.FOURTH_ROOT:
         return v.sqrt().sqrt() if differentiable else v.sqrt().sqrt_()
+    if not differentiable and by_roots_and_logarithm(v, exponent):
+        return power_by_roots_and_logarithm(v, float(exponent))
     # autograd keeps what pow was given, and v changes in the next step
     return (v.clone() if differentiable else v).pow(exponent)
 
