@@ -1,6 +1,6 @@
 """What `compensated` costs in torch: a step of bfloat16 parameters with it, without it, and of float32, interleaved.
 
-    python benchmarks/torch_compensated.py [--device cuda] [--rounds 15] [--adaptivity 0.5] [--smoke]
+    python benchmarks/torch_compensated.py [--device cuda] [--rounds 15] [--adaptivity 0.5] [--only fused] [--smoke]
 
 For each implementation: bytes that the operations of a step read and write, per parameter, as torch's dispatcher sees
 them; the median over rounds of milliseconds a step, and of the ratio to the plain bfloat16 step in the same round.
@@ -46,6 +46,7 @@ def main() -> None:
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--adaptivity", type=float, default=0.5)
+    parser.add_argument("--only", default="", help="implementations whose names contain this")
     parser.add_argument("--smoke", action="store_true", help="tiny models, once: whether it runs")
     options = parser.parse_args()
     wait = torch.cuda.synchronize if options.device.startswith("cuda") else lambda: None
@@ -55,6 +56,8 @@ def main() -> None:
     print(f"torch {torch.__version__}, {options.device}, {torch.get_num_threads()} threads, {entries / 1e6:.1f} M")
     print(f"{'':34}{'bytes':>7}{'ms':>9}{'/ bfloat16':>12}")
     for implementation, given in IMPLEMENTATIONS.items():
+        if options.only not in implementation:
+            continue
         steps = {kind: stepper(shapes, kind, options.device, adaptivity=options.adaptivity, **given) for kind in KINDS}
         moved = {}
         for kind, step in steps.items():

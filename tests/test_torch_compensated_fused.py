@@ -96,6 +96,16 @@ def test_the_kernel_in_tritons_interpreter(captured: bool) -> None:
     assert done.returncode == 0, done.stderr
 
 
+@pytest.mark.slow
+def test_the_benchmark_runs() -> None:
+    script = Path(__file__).parents[1] / "benchmarks" / "torch_compensated.py"
+    start = [sys.executable, "-W", "error", str(script), "--smoke"]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    done = subprocess.run(start, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("compensated") == 3
+
+
 @pytest.mark.gpu
 def test_the_kernel_on_cuda() -> None:
     require_device("torch", "gpu")

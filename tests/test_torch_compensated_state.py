@@ -207,6 +207,31 @@ def test_no_learning_rate_no_change() -> None:
         assert p.dtype != torch.bfloat16 or not compensation(optimizer, p).any()
 
 
+@pytest.mark.filterwarnings("ignore:torch.distributed is disabled, unavailable or uninitialized:UserWarning")
+@pytest.mark.filterwarnings("ignore:TypedStorage is deprecated:UserWarning")
+def test_a_distributed_checkpoint_without_it(tmp_path: Path) -> None:
+    """Every key must be there, torch says, as of any option; a partial load keeps the zeros."""
+    import torch.distributed.checkpoint as dcp
+    from torch.distributed.checkpoint import state_dict as sd
+
+    model = nn.Linear(3, 2, dtype=torch.bfloat16)
+    plain = Ada2MS(model.parameters(), lr=1e-4)
+    train(list(model.parameters()), plain, range(2))
+    dcp.save({"optimizer": sd.get_optimizer_state_dict(model, plain)}, checkpoint_id=tmp_path)
+    model.zero_grad()  # torch makes the state to be loaded into by a step, unless there are gradients
+    optimizer = Ada2MS(model.parameters(), **GIVEN)
+    state = {"optimizer": sd.get_optimizer_state_dict(model, optimizer)}
+    with pytest.raises(dcp.api.CheckpointException, match=r"Missing key in checkpoint state_dict: .*\.compensat"):
+        dcp.load(state, checkpoint_id=tmp_path)
+    dcp.load(state, checkpoint_id=tmp_path, planner=dcp.DefaultLoadPlanner(allow_partial_load=True))
+    sd.set_optimizer_state_dict(model, optimizer, state["optimizer"])
+    assert optimizer.param_groups[0]["compensated"] is True
+    assert torch.equal(optimizer.state[model.weight]["exp_avg"], plain.state[model.weight]["exp_avg"])
+    assert not compensation(optimizer, model.weight).any()
+    train(list(model.parameters()), optimizer, range(2, 3))
+    assert compensation(optimizer, model.weight).any()
+
+
 def named(params: list[nn.Parameter]) -> dict[str, nn.Parameter]:
     return dict(zip("abcde", params, strict=True))
 

@@ -354,7 +354,8 @@ class Ada2MS(Optimizer):
     def load_state_dict(self, state_dict: StateDict) -> None:
         """As in torch, and from torch.optim.AdamW: what its state dict has not, this optimizer keeps; s is mean(v).
 
-        The moments keep at least float32, whatever the parameters' precision.
+        The moments keep at least float32, whatever the parameters' precision. A state dict has `max_norm` and
+        `compensated` only while they are on; else this optimizer keeps its own, and compensations start at zero.
         """
         handle = self.register_load_state_dict_pre_hook(translate)  # after the user's hooks
         try:
