@@ -1,5 +1,6 @@
 """Ready mappings of known layers."""
 
+import sys
 from collections.abc import Iterator
 from math import prod
 from typing import Any, NamedTuple
@@ -18,6 +19,7 @@ from ada2ms.core.state import (
     gates,
     number_layers,
 )
+from ada2ms.jax.layers_equinox import layers_of
 
 Array = Any
 Params = dict[str, tuple[Role, tuple[int, ...] | Cut | None]]
@@ -50,7 +52,9 @@ class _Place(NamedTuple):
 
 
 def plain_layers(model: Any, *, names: LayerNames = None, axes: Axes = None) -> Mappings:
-    """`names` and `axes` for a flax.nnx model of known layers, whose parameters are `nnx.state(model, nnx.Param)`.
+    """`names` and `axes` for a model of known layers, of flax.nnx or equinox.
+
+    Their parameters are `nnx.state(model, nnx.Param)`, or `equinox.filter(model, equinox.is_array)`.
 
     The same model in another framework maps to the same state. Layers are numbered in the order in which attributes
     were set: `0.conv.kernel`, `0.conv.bias`, `1.norm.scale`, `2.dense.kernel`, `3.embedding.table`,
@@ -61,7 +65,8 @@ def plain_layers(model: Any, *, names: LayerNames = None, axes: Axes = None) -> 
     Args:
         model: of Linear, LinearGeneral, Einsum, Conv, ConvTranspose (with `transpose_kernel=True`: other frameworks
             have no kernel that is turned round), Embed, normalisations, PReLU, MultiHeadAttention, LoRA, LoRALinear,
-            and recurrent cells, in `RNN` and `Bidirectional` or by themselves.
+            and recurrent cells, in `RNN` and `Bidirectional` or by themselves; of equinox Linear, Conv, Embedding,
+            normalisations, PReLU, MultiheadAttention, LSTMCell and GRUCell.
         names: names in the state for parameters of layers that are not known, as for `export_state`; or for others.
             With "auto", layers are called by their paths in the model instead of by numbers, and parameters of your
             own modules by theirs.
@@ -73,6 +78,13 @@ def plain_layers(model: Any, *, names: LayerNames = None, axes: Axes = None) -> 
             `nnx.jit`, `nnx.grad`, `nnx.merge` or `nnx.clone`. Call this before, and keep the result.
         ImportError: flax is not installed.
     """
+    equinox = sys.modules.get("equinox")
+    if equinox is not None and isinstance(model, equinox.Module):
+        return number_layers(layers_of(model), names, axes)
+    return number_layers(_layers_of_nnx(model, numbered=names != "auto"), names, axes)
+
+
+def _layers_of_nnx(model: Any, *, numbered: bool) -> list[Layer]:
     require("flax", "jax")
     from flax import nnx
 
@@ -81,7 +93,7 @@ def plain_layers(model: Any, *, names: LayerNames = None, axes: Axes = None) -> 
     layers = []
     seen: set[int] = set()
     places = list(_places(_Place(model, "", "", _goes_backwards(None, "", model, nnx)), nnx, set()))
-    if names != "auto":
+    if numbered:
         _require_order(places, nnx)
     for place in places:
         params = _params(place.module, nnx)
@@ -99,7 +111,7 @@ def plain_layers(model: Any, *, names: LayerNames = None, axes: Axes = None) -> 
             named = vars(place.module).items() if isinstance(place.module, nnx.BatchNorm) else ()
             statistics = {_joined("/", place.attributes, key): key for key, x in named if isinstance(x, nnx.BatchStat)}
             layers.append(Layer(called, prefix, list(own), kind, roles, moved, place.path, statistics))
-    return number_layers(layers, names, axes)
+    return layers
 
 
 def _places(place: _Place, nnx: Any, seen: set[int]) -> Iterator[_Place]:
