@@ -34,6 +34,8 @@ OPTIMIZERS: dict[str, Callable[[], Any]] = {
     "scheduled": lambda: ada2ms(1e-3, adaptivity=Linear(1.0, 0.0, 10_000)),
     "0.5, skip": lambda: ada2ms(1e-3, adaptivity=0.5, nonfinite="skip"),
     "0.5, scope tensor": lambda: ada2ms(1e-3, adaptivity=0.5, scope="tensor"),
+    "0.5, max_norm": lambda: ada2ms(1e-3, adaptivity=0.5, max_norm=1.0),
+    "0.5 after a clip": lambda: optax.chain(optax.clip_by_global_norm(1.0), ada2ms(1e-3, adaptivity=0.5)),
 }
 
 

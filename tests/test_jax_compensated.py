@@ -13,7 +13,7 @@ import optax
 import pytest
 from jax_support import EPSILON, assert_close, assert_equal, train, tree
 
-from ada2ms.jax import CompensatedAda2MSState, ScaleByAda2MSState, ada2ms
+from ada2ms.jax import CompensatedAda2MSState, ScaleByAda2MSState, ada2ms, export_state
 from ada2ms.jax.kernels.compensation import compensated, rounded_to
 from support import slow
 
@@ -286,6 +286,28 @@ def test_wrappers(wrapped: str) -> None:
     expected, plain = train(optimizer, params, gradients)
     rest = optax.tree.get(state, "compensation")
     assert_close(whole(found, plain._replace(compensation=rest)), whole(expected, plain), 2.0**-15, 2.0**-20)
+
+
+def test_a_model_of_flax_stays_in_16_bits() -> None:
+    """Its optimizer applies the updates by Optax; only one of its layers has 16 bits."""
+    nnx = pytest.importorskip("flax.nnx")
+
+    class Network(nnx.Module):  # type: ignore[name-defined,misc]
+        def __init__(self) -> None:
+            self.half = nnx.Linear(3, 4, rngs=nnx.Rngs(0), param_dtype=jnp.bfloat16)
+            self.wide = nnx.Linear(4, 2, rngs=nnx.Rngs(1))
+
+    model = Network()
+    before = nnx.to_pure_dict(nnx.state(model, nnx.Param))
+    optimizer = nnx.Optimizer(model, ada2ms(SMALL, compensated=True), wrt=nnx.Param)
+    for _ in range(2):
+        optimizer.update(model, jax.tree.map(jnp.ones_like, nnx.state(model, nnx.Param)))
+    after = nnx.to_pure_dict(nnx.state(model, nnx.Param))
+    assert jax.tree.map(lambda x: x.dtype, after) == jax.tree.map(lambda x: x.dtype, before)
+    state = export_state(nnx.state(model, nnx.Param), optimizer.opt_state)
+    assert {name: np.any(x.compensation) for name, x in state.parameters.items() if x.compensation is not None} == {
+        "half/bias": True, "half/kernel": True,
+    }  # fmt: skip
 
 
 def test_nothing_is_there_when_it_is_off() -> None:

@@ -24,7 +24,7 @@ from jax.experimental import multihost_utils
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from ada2ms.core import NO_DECAY, Group
+from ada2ms.core import Group
 from ada2ms.jax import ada2ms, scale_by_ada2ms
 
 pytestmark = pytest.mark.slow
@@ -37,7 +37,7 @@ OPTIONS: list[dict[str, Any]] = [
     {},
     {"scope": "tensor", "adaptivity": 0.3},
     {"nonfinite": "skip", "adaptivity": 0.0, "weight_decay": 0.1},
-    {"max_norm": 0.1, "groups": [Group("hidden", b2=0.9, adaptivity=1.0), NO_DECAY]},
+    {"max_norm": 0.1, "groups": [Group("", max_ndim=1, b2=0.9, adaptivity=1.0, weight_decay=0.0)]},
 ]
 
 

@@ -39,5 +39,6 @@ def rounded_to(x: jax.Array, dtype: Any) -> jax.Array:
     if info.nexp == 8:  # as many as float32 has
         return result
     # What `reduce_precision` makes 0: the numbers below the smallest normal one, which are multiples of the smallest.
-    multiples = jax.lax.round(x / info.smallest_subnormal, jax.lax.RoundingMethod.TO_NEAREST_EVEN)
-    return jnp.where(jnp.abs(x) < info.tiny, multiples * info.smallest_subnormal, result)
+    smallest = float(info.smallest_subnormal)
+    multiples = jax.lax.round(x * (1 / smallest), jax.lax.RoundingMethod.TO_NEAREST_EVEN)
+    return jnp.where(jnp.abs(x) < info.tiny, multiples * smallest, result)
