@@ -224,6 +224,15 @@ def test_mask_missing_gradients_and_skipped_steps(wrap: Any) -> None:
     np.testing.assert_allclose(both[1] - both[0], decay, atol=2.0**-15)
 
 
+def test_the_compensation_decays_too() -> None:
+    """Half of both is left after one step."""
+    params = {"a": jnp.ones(3, jnp.bfloat16)}
+    optimizer = ada2ms(0.5, weight_decay=1.0, compensated=True)
+    state = optimizer.init(params)._replace(compensation={"a": jnp.full(3, 2.0**-9, jnp.bfloat16)})
+    updates, after = optimizer.update(jax.tree.map(jnp.zeros_like, params), state, params)
+    np.testing.assert_array_equal(whole(optax.apply_updates(params, updates), after)["a"], (1 + 2.0**-9) / 2)
+
+
 def test_a_network_in_bfloat16_follows_its_twin_in_float32() -> None:
     """Over 1000 steps whose updates and decay are below the last digit of most weights: those of the plain network end
     0.98 of the way behind, these 0.01 of it; docs/sixteen_bits.png shows it. Bounds leave room for other machines."""
