@@ -96,8 +96,9 @@ def ada2ms(
             needs, and costs no pass over the gradients.
         compensated: whether parameters in float16 or bfloat16 keep what rounding loses of them, so that they add up
             updates that are smaller than their last digit. Their updates are in float32 then, and must go to
-            `optax.apply_updates` as they are: nothing may stand behind this transformation that changes them, and
-            `equinox.apply_updates` would make float32 of the parameters. The state is a `CompensatedAda2MSState`.
+            `optax.apply_updates` as they are: nothing may stand behind this transformation that changes them,
+            `equinox.apply_updates` would make float32 of the parameters, and `optax.apply_if_finite` around it takes
+            gradients in float32 alone (`nonfinite="skip"` takes any). The state is a `CompensatedAda2MSState`.
         groups: leaves with hyperparameters of their own, `ada2ms.core.Group`; the first that matches a leaf's name has
             it. A name is the path of a leaf in the tree, `"dense/kernel"`, as in `export_state`. All groups share the
             mean of the global second moment. A leaf decays where `mask` has it, by the decay of its group. What
