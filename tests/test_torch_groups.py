@@ -73,6 +73,8 @@ def test_every_parameter_is_in_one_group() -> None:
     ]
     assert param_groups(dict(net.named_parameters()), GROUPS, 0.01, (0.8, 0.99)) == groups
     assert [sorted(group) for group in param_groups(net, [NO_DECAY])] == [["params"], ["params", "weight_decay"]]
+    twice = {"first": net.norm.weight, "second": net.norm.weight}
+    assert [len(group["params"]) for group in param_groups(twice, [Group("first", eps=0.1)])] == [1]
     assert names_of(net, param_groups(net, [])) == [[name for name, _ in net.named_parameters()]]
 
 
