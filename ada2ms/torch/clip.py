@@ -19,10 +19,11 @@ def square_sum(group: dict[str, Any], total: Tensor) -> Tensor | None:
     return total.detach() if group["differentiable"] else total
 
 
-def clip_factor(groups: Sequence[dict[str, Any]], total: Tensor, step_is_live: bool | Tensor) -> Scalar | None:
-    """The factor c = min(1, max_norm/sqrt(G2)); None without `max_norm`.
+def clip_factor(max_norm: Any, groups: Sequence[dict[str, Any]], total: Tensor, step_is_live: bool | Tensor) -> Scalar:
+    """The factor c = min(1, max_norm/sqrt(G2)).
 
     Args:
+        max_norm: a number, or a tensor of one element.
         groups: the optimizer's.
         total: G2, the sum of g*g over the model; 0 in a step that is masked.
         step_is_live: whether the step counts.
@@ -30,13 +31,11 @@ def clip_factor(groups: Sequence[dict[str, Any]], total: Tensor, step_is_live: b
     Returns:
         A Python number if the host may know it and autograd does not follow the step.
     """
-    max_norm = number(choice(groups[0], "max_norm"))
-    if max_norm is None:
-        return None
+    max_norm = number(max_norm)
     differentiable = any(group["differentiable"] for group in groups)
     if step_is_live is True and not differentiable and all(known_to_host(group, total) for group in groups):
         norm = math.sqrt(total.item())
-        c = max_norm / norm if norm else 1.0
+        c: float = max_norm / norm if norm else 1.0
         return 1.0 if c > 1 else c  # NaN stays NaN
     if differentiable:  # the derivative of sqrt is infinite at 0
         total = total.clamp(min=torch.finfo(total.dtype).tiny)

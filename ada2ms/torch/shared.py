@@ -74,7 +74,7 @@ def signature(group: dict[str, Any]) -> tuple[Any, ...]:
         b2 = b2.item() if type(b2) is Tensor and b2.is_cpu else (b2, None if b2.is_inference() else b2._version)
     return (
         b2,
-        *[group.get(name, default) for name, default in CHOICES.items()],
+        *map(group.get, CHOICES),
         group["capturable"],
         group["fused"],
         params[0].device if params else None,

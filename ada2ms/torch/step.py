@@ -102,7 +102,8 @@ def step_model(
         return found
     if isinstance(step_is_live, Tensor):
         sums, total = mask(groups, sums, step_is_live), torch.where(step_is_live, total, 0.0)
-    clip = clip_factor([lists.group for lists in groups], total, step_is_live)
+    max_norm = choice(groups[0].group, "max_norm")
+    clip = None if max_norm is None else clip_factor(max_norm, [x.group for x in groups], total, step_is_live)
     means = mean_squares(groups, sums, clip, size)
     numbers = [hyperparameters(lists, step_is_live, sums.dtype) for lists in groups]  # of all, before anything changes
     s_hats: dict[int, Scalar] = {}

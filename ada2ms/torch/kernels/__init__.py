@@ -71,10 +71,10 @@ def weights(options: Options, dtype: torch.dtype) -> tuple[Scalar, Scalar, Scala
     A factor that the host knows joins the weights, so that no gradient is written anew.
     """
     factor, weight1, weight2 = options.inv_scale, options.weight1, options.weight2
-    if isinstance(factor, Tensor) or isinstance(weight1, Tensor) or isinstance(weight2, Tensor):
-        return weight1, weight2, factor if isinstance(factor, Tensor) or factor != 1 else None
-    if factor == 1:
+    if not isinstance(factor, Tensor) and factor == 1:
         return weight1, weight2, None
+    if isinstance(factor, Tensor) or isinstance(weight1, Tensor) or isinstance(weight2, Tensor):
+        return weight1, weight2, factor
     joined = weight2 * factor * factor
     if joined >= smallest_normal(dtype):  # which `dtype` holds with all its digits
         return weight1 * factor, joined, None
