@@ -1,0 +1,64 @@
+"""The picture of two traces: steps across, parameters down, a panel for each kind of tensor."""
+
+from pathlib import Path
+
+import numpy as np
+
+from ada2ms.core.trace import Trace, Verdict
+from ada2ms.core.trace.model import TENSORS
+from ada2ms.core.trace.pair import Pair
+from ada2ms.core.trace.sketch import Array
+
+_PANELS = {"start": "value", "value": "value", "forward": "gradient", "gradient": "gradient", "update": "update"}
+_MOST = 400  # columns that are drawn; longer runs are sampled, with the verdict's step
+
+
+def draw(a: Trace, b: Trace, verdict: Verdict, path: Path) -> None:
+    """Draws how far apart each tensor is at each step, relative to its norm, and marks the verdict's cells.
+
+    Raises:
+        OSError, ValueError: the file cannot be written, or is of a kind that matplotlib does not know.
+    """
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+    from matplotlib.colors import LogNorm
+
+    pair = Pair(a, b)
+    steps = _columns(len(pair.steps), verdict.step - 1)
+    names = pair.names or ["no shared parameters"]
+    height = 1.2 + 0.18 * min(len(names), 60)
+    figure, panels = plt.subplots(len(TENSORS), 1, figsize=(9, 3 * height), sharex=True, layout="constrained")
+    scale = LogNorm(1e-8, 1.0)
+    for panel, what in zip(panels, TENSORS, strict=True):
+        image = np.array([relative(pair, what, i) for i in steps]).reshape(len(steps), -1).T
+        shown = panel.imshow(
+            np.maximum(image, 1e-9), aspect="auto", norm=scale, cmap="magma", interpolation="nearest", origin="upper"
+        )
+        panel.set_title(what, loc="left")
+        panel.set_yticks(range(len(names)) if len(names) <= 40 else [], names if len(names) <= 40 else [], fontsize=7)
+        if verdict.step and _PANELS.get(verdict.stage, "update") == what:
+            column = steps.index(verdict.step - 1)
+            rows = [names.index(n) for n in verdict.parameters if n in names] or [*range(len(names))]
+            panel.scatter([column] * len(rows), rows, s=30, facecolors="none", edgecolors="cyan", linewidths=1.2)
+    ticks = sorted({int(k) for k in np.linspace(0, len(steps) - 1, min(len(steps), 10))})
+    panels[-1].set_xticks(ticks, [str(steps[k] + 1) for k in ticks])
+    panels[-1].set_xlabel("step")
+    figure.colorbar(shown, ax=panels, label="difference relative to the norm")
+    figure.suptitle(f"{verdict.outcome}: {verdict.stage} at step {verdict.step}" if verdict.stage else verdict.outcome)
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
+
+
+def relative(pair: Pair, what: str, i: int) -> Array:
+    """How far apart each shared parameter is at a step, relative to its norm."""
+    d, norm, _ = pair.apart(what, i)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        return np.nan_to_num(np.where(norm > 0, d / norm, 0.0), nan=1.0, posinf=1.0)
+
+
+def _columns(steps: int, marked: int) -> list[int]:
+    if steps <= _MOST:
+        return list(range(steps))
+    return sorted({*np.linspace(0, steps - 1, _MOST).astype(int).tolist(), *([marked] if marked >= 0 else [])})

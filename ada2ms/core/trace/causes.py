@@ -1,0 +1,284 @@
+"""From what differs to why: names for common causes of differing values, losses and gradients."""
+
+import math
+from collections.abc import Sequence
+from typing import Final
+
+import numpy as np
+
+from ada2ms.core.trace.model import Step
+from ada2ms.core.trace.pair import Pair, factor, relative
+from ada2ms.core.trace.sketch import Array
+from ada2ms.core.trace.verdict import Verdict, some
+
+_COHERENT: Final = 3.0  # of `Pair.coherence`, above which a difference is no noise
+_NOISY: Final = 0.3  # the largest share of a gradient that arithmetic of 16 bits is held to explain
+_PRECISIONS: Final = (("bfloat16", 2.0**-8), ("TF32 or float16", 2.0**-11))
+
+
+def start(pair: Pair, apart: Array, norm: Array, bad: Array) -> Verdict:
+    """Other values before the first step."""
+    names = [pair.names[k] for k in np.flatnonzero(bad)]
+    x, y = pair.sketches("value", 0)
+    moved = [k for k in np.flatnonzero(bad) if math.isclose(x[k, 0], y[k, 0], rel_tol=1e-5) and x[k, 0] > 0]
+    if moved and len(moved) == len(names):
+        turned = [k for k in moved if _transposed(pair, pair.names[k])]
+        if turned:
+            cause = f"{some([pair.names[k] for k in turned])} look transposed: the same numbers with axes exchanged"
+            look = [f"axes= for {some([pair.names[k] for k in turned])} (plain_layers knows them for plain layers)"]
+            return Verdict("parted", cause, "start", 1, "transposed", look=look, parameters=names)
+        cause = f"{some(names)} have the same norm and another order of entries"
+        return Verdict(
+            "parted",
+            cause,
+            "start",
+            1,
+            "order",
+            parameters=names,
+            look=["axes= and names=: whether these are the same parameters, in the same layout"],
+        )
+    cause = f"{len(names)} of {len(pair.names)} parameters start from other values: {some(names)}"
+    look = ["the initialisation: copy the weights of one run to the other (export_state and import_state do)"]
+    if len(names) < len(pair.names):
+        look.append("layers whose initialisation differs between the frameworks, such as the bias or the embedding")
+    return Verdict("parted", cause, "start", 1, "initial values", look=look, parameters=names)
+
+
+def _transposed(pair: Pair, name: str) -> bool:
+    x, y = (step.full.get("value", {}).get(name) for step in pair.steps[0])
+    if x is None or y is None or x.ndim < 2 or x.size != y.size:
+        return False
+    orders = [tuple(reversed(range(x.ndim))), (*range(x.ndim - 2), x.ndim - 1, x.ndim - 2)]
+    turned = [x.transpose(order) for order in orders]
+    flat = y.reshape(-1)
+    return any(np.allclose(t.reshape(-1), flat, rtol=1e-5, atol=1e-7 * float(np.abs(flat).max())) for t in turned)
+
+
+def between(pair: Pair, i: int, changed: list[Array]) -> Verdict:
+    """Values that something else than the optimizer has changed since the last step."""
+    sides = [k for k, each in enumerate(changed) if each.any()]
+    who = "both runs" if len(sides) == 2 else "AB"[sides[0]]
+    names = [pair.names[k] for k in np.flatnonzero(changed[sides[0]] | changed[sides[-1]])]
+    cause = f"between steps {i} and {i + 1} something else than the optimizer changed values in {who}: {some(names)}"
+    look = [
+        "what writes to parameters besides the optimizer: constraints, averages, weight norms, a state that is loaded"
+    ]
+    return Verdict("parted", cause, "value", i + 1, "changed outside", look=look, parameters=names)
+
+
+def loss_and_gradient(pair: Pair, i: int, bad: Array, allowed: float, loss_differs: bool) -> Verdict:
+    """Other losses or gradients from the same values and data."""
+    gone_a, gone_b = pair.missing(i)
+    if (gone_a != gone_b).any():
+        return _missing(pair, i, gone_a, gone_b)
+    stage = "forward" if loss_differs else "gradient"
+    if broken := _not_finite(pair, i):
+        who, what = broken
+        cause = f"{what} of {who} {'is' if what == 'the loss' else 'are'} not finite"
+        look = ["overflow in 16 bits, a division by 0, a logarithm of 0; what the batch of this step holds"]
+        return Verdict("parted", cause, stage, i + 1, "not finite", look=look)
+    names = [pair.names[k] for k in np.flatnonzero(bad)]
+    if loss_differs and not bad.any():
+        return _only_the_loss(pair, i)
+    ga, gb = pair.sketches("gradient", i)
+    c, left = factor(ga[~gone_a], gb[~gone_a])
+    if left <= max(3 * allowed, 1e-6) and abs(c - 1) > max(allowed, 3 * left):
+        return _scaled(pair, i, c, left, loss_differs)
+    zero = [pair.names[k] for k in np.flatnonzero(bad) if (ga[k, 0] == 0) != (gb[k, 0] == 0)]
+    if zero and len(zero) == len(names):
+        side = "A" if ga[pair.names.index(zero[0]), 0] == 0 else "B"
+        cause = f"the gradients of {some(zero)} are 0 in {side} alone"
+        look = ["layers that are frozen, detached or not used", "stop_gradient and detach"]
+        return Verdict("parted", cause, stage, i + 1, "zero gradients", look=look, parameters=zero)
+    each = {pair.names[k]: factor(ga[k], gb[k]) for k in np.flatnonzero(bad)}
+    common = {name: c for name, (c, left) in each.items() if left <= max(3 * allowed, 1e-6)}
+    if (
+        len(bad) > len(names)
+        and common
+        and len(common) == len(names)
+        and max(common.values()) < 1.0001 * min(common.values())
+    ):
+        c = next(iter(common.values()))
+        cause = f"the gradients of {some(names)} are {c:.6g} times those of A; all others agree"
+        look = ["parameters that are used twice (tied), or whose gradient is scaled by a layer of its own"]
+        return Verdict("parted", cause, stage, i + 1, "factor of some", look=look, parameters=names)
+    return _precision(pair, i, stage, left, allowed, names) or _everything(pair, i, bad, stage, names)
+
+
+def _precision(pair: Pair, i: int, stage: str, left: float, allowed: float, names: list[str]) -> Verdict | None:
+    """Arithmetic of fewer bits in one run, if that is the matter."""
+    look = ["the precision of matrix products (TF32, bfloat16, autocast, mixed_precision)"]
+    if pair.seen[0] != pair.seen[1] and left < _NOISY:
+        side = "A" if pair.seen[0] else "B"
+        kind = pair.seen[0] or pair.seen[1]
+        cause = f"{side} computes in {kind}: of that are the numbers that its gradients hold; they differ by {left:.1e}"
+        return Verdict("parted", cause, stage, i + 1, "precision", look=look, parameters=names)
+    if not 0 < pair.coherence(i) < _COHERENT:
+        return None
+    for name, size in _PRECISIONS:
+        if size / 30 < left < size * 4 and allowed < size / 30:
+            cause = f"all differ without direction, by what arithmetic of {name} would leave: {left:.1e}"
+            return Verdict("parted", cause, stage, i + 1, "precision", look=look, parameters=names)
+    return None
+
+
+def _not_finite(pair: Pair, i: int) -> tuple[str, str] | None:
+    """Which run alone has a loss or gradients that are not finite."""
+    found = []
+    for side, step in enumerate(pair.steps[i]):
+        norms = pair.sketches("gradient", i)[side][~pair.missing(i)[side], 0]
+        if step.loss is not None and not math.isfinite(step.loss):
+            found.append(("AB"[side], "the loss"))
+        elif not np.isfinite(norms).all():
+            found.append(("AB"[side], "gradients"))
+    return found[0] if len(found) == 1 else None
+
+
+def _missing(pair: Pair, i: int, gone_a: Array, gone_b: Array) -> Verdict:
+    names = [pair.names[k] for k in np.flatnonzero(gone_a != gone_b)]
+    side = "A" if gone_a[pair.names.index(names[0])] else "B"
+    cause = f"{some(names)} have no gradient in {side}"
+    look = [f"whether they are frozen in {side}, used in its forward pass, and given to its optimizer"]
+    return Verdict("parted", cause, "gradient", i + 1, "missing gradients", look=look, parameters=names)
+
+
+def _only_the_loss(pair: Pair, i: int) -> Verdict:
+    x, y = pair.steps[i]
+    assert x.loss is not None
+    assert y.loss is not None
+    ratio, difference = y.loss / x.loss if x.loss else math.inf, y.loss - x.loss
+    cause = f"only the loss that was told differs ({x.loss:.6g} against {y.loss:.6g}); all gradients agree"
+    look = [
+        f"what the loss is divided by (the ratio is {ratio:.6g})",
+        f"terms without a gradient, or a penalty that is only reported (the difference is {difference:.6g})",
+    ]
+    return Verdict("parted", cause, "forward", i + 1, "only the loss", look=look)
+
+
+def _scaled(pair: Pair, i: int, c: float, left: float, loss_differs: bool) -> Verdict:
+    """All gradients by one factor."""
+    x, y = pair.steps[i]
+    ratio = y.loss / x.loss if x.loss and y.loss else None
+    evidence = [f"all gradients of B are {c:.7g} times those of A, and {left:.1e} of them is left"]
+    if ratio is not None:
+        evidence.append(f"the loss of B is {ratio:.7g} times that of A")
+    if loss_differs and ratio is not None and relative(ratio, c) < 1e-3:
+        names = _factors(c, x, y)
+        cause = f"loss and gradients of B are {c:.6g} times those of A{names}: another reduction"
+        look = ["the reduction of the loss: mean or sum, over what, and weights of samples"]
+        return Verdict("parted", cause, "forward", i + 1, "reduction", evidence, look=look)
+    norms = [math.sqrt(float(np.nansum(np.square(s.sketches["gradient"][:, 0])))) for s in (x, y)]
+    small, large = (0, 1) if norms[0] < norms[1] else (1, 0)
+    if _is_clipped(pair, i, small):
+        cause = f"the gradients of {'AB'[small]} are clipped to the norm {norms[small]:.4g}, those of {'AB'[large]} not"
+        look = [f"gradient clipping: {'AB'[small]} clips before the optimizer ({norms[large]:.4g} unclipped)"]
+        return Verdict("parted", cause, "gradient", i + 1, "clipping", evidence, look=look)
+    cause = f"all gradients of B are {c:.6g} times those of A{_factors(c, x, y)}"
+    look = ["how losses are summed over batches, devices and accumulated steps", "a loss scale that is not taken out"]
+    return Verdict("parted", cause, "gradient", i + 1, "factor", evidence, look=look)
+
+
+def _is_clipped(pair: Pair, i: int, side: int) -> bool:
+    """Whether a run's norm is a round number that it does not exceed in the next steps."""
+    norms = [
+        math.sqrt(float(np.nansum(np.square(steps[side].sketches["gradient"][:, 0]))))
+        for steps in pair.steps[i : i + 8]
+    ]
+    rounded = float(f"{norms[0]:.2g}")
+    return math.isclose(norms[0], rounded, rel_tol=2e-5) and max(norms) <= rounded * (1 + 2e-5)
+
+
+def _factors(c: float, x: Step, y: Step) -> str:
+    """What a factor may come from."""
+    names: list[str] = []
+    for r, way in ((c, ""), (1 / c if c else math.inf, "1/")):
+        whole = round(r)
+        if not math.isclose(r, whole, rel_tol=1e-4) or whole < 2:
+            continue
+        sizes = {int(b[0][1]) for s in (x, y) for b in s.batches if b}
+        counts = {len(s.batches) for s in (x, y)}
+        scales = {s.extra.get("loss_scale") for s in (x, y)}
+        if whole in sizes:
+            names.append(f"{way}the batch's {whole} samples")
+        if whole in counts:
+            names.append(f"{way}the {whole} batches that are accumulated")
+        if float(whole) in scales or (whole & (whole - 1) == 0 and whole >= 256):
+            names.append(f"{way}a loss scale of {whole}")
+        if not names:
+            names.append(f"{way}{whole}: a number of devices, or of batches that are accumulated")
+    return f" ({'; or '.join(names)})" if names else ""
+
+
+def _everything(pair: Pair, i: int, bad: Array, stage: str, names: list[str]) -> Verdict:
+    gone, _ = pair.missing(i)
+    if bad.sum() >= max(1, (~gone).sum()):
+        cause = "loss and all gradients differ" if stage == "forward" else "all gradients differ, and the loss does not"
+        look = (
+            [
+                "what the forward pass computes: activations, normalisation (its epsilon), masks, the loss itself",
+                "randomness: dropout, augmentation (a second recording of A says whether A repeats itself)",
+            ]
+            if stage == "forward"
+            else ["the last layers' backward pass, and what happens to gradients before the optimizer gets them"]
+        )
+        return Verdict("parted", cause, stage, i + 1, "everything", look=look, parameters=names)
+    order = [pair.names[k] for k in np.flatnonzero(bad)]
+    good = [pair.names[k] for k in np.flatnonzero(~bad & ~gone)]
+    cause = f"the gradients of {some(order)} differ, those of {some(good, 2)} agree"
+    look = [f"the layers of {some(order)}, what lies between them and those that agree"]
+    return Verdict("parted", cause, stage, i + 1, "some gradients", look=look, parameters=order)
+
+
+def hyperparameters(pair: Pair, i: int, differing: dict[str, tuple[float, float]], of: dict[str, list[str]]) -> Verdict:
+    """Other hyperparameters at a step: what they are in A and in B, and of which parameters."""
+    pieces, kinds, look = [], [], []
+    for name, (here, there) in differing.items():
+        track = [[_told(s, name) for s in side] for side in zip(*pair.steps, strict=True)]
+        kind, words = _course(track[0], track[1], name)
+        words = words if len(of[name]) == len(pair.names) else ""
+        whose = "" if len(of[name]) == len(pair.names) else f" of {some(of[name])}"
+        pieces.append(words or f"{name}{whose} is {here:.6g} in A and {there:.6g} in B")
+        kinds.append(kind)
+    if any(kind.endswith("shifted") for kind in kinds):
+        look.append("whether the schedule counts from 0 or 1, and whether it moves before or after the step")
+    look.append("the arguments of the optimizers, and the defaults of those that are not given")
+    every = sorted({name for names in of.values() for name in names})
+    return Verdict("parted", "; ".join(pieces), "hyperparameters", i + 1, kinds[0], look=look, parameters=every)
+
+
+def _told(step: Step, name: str) -> float | None:
+    values = [h[name] for h in step.hyper if name in h]
+    return values[0] if values else None
+
+
+def _course(a: Sequence[float | None], b: Sequence[float | None], name: str) -> tuple[str, str]:
+    """How a hyperparameter goes in one run and in the other."""
+    x, y = (np.array([math.nan if v is None else v for v in side]) for side in (a, b))
+    n = len(x)
+    if n > 2 and np.ptp(x) > 0:
+        for k in (1, -1, 2, -2):
+            one, two = (x[k:], y[:-k]) if k > 0 else (x[:k], y[-k:])
+            if len(one) > 1 and np.allclose(one, two, rtol=1e-5, atol=1e-12) and np.ptp(one) > 0:
+                ahead = "A" if k < 0 else "B"
+                return (
+                    f"{name} shifted",
+                    f"{name} of {ahead} is {abs(k)} step{'s' if abs(k) > 1 else ''} ahead (off by {abs(k)})",
+                )
+    with np.errstate(divide="ignore", invalid="ignore"):
+        ratio = y / x
+    if n > 1 and np.all(np.isfinite(ratio)) and np.allclose(ratio, ratio[0], rtol=1e-5) and np.ptp(x) > 0:
+        return f"{name} factor", f"{name} of B is {ratio[0]:.6g} times that of A at every step"
+    return name, ""
+
+
+def sizes(pair: Pair, what: str, i: int, bad: Array) -> list[str]:
+    """How far the worst parameters are apart, relative to their norm."""
+    d, norm, whole = pair.apart(what, i)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        share = np.where(norm > 0, d / norm, np.where(d > 0, np.inf, 0.0))
+    worst = sorted(np.flatnonzero(bad), key=lambda k: -share[k])[:3]
+    each = ", ".join(f"{pair.names[k]} {share[k]:.1e}" for k in worst)
+    return [
+        f"{what} of {int(bad.sum())} of {len(bad)} parameters part, {whole:.1e} of the model's norm"
+        + (f"; most: {each}" if each else "")
+    ]

@@ -1,0 +1,161 @@
+"""The stage of data: whether batches are the same, and if not, in what they differ."""
+
+import math
+from collections.abc import Sequence
+from typing import Final, Literal
+
+from ada2ms.core.trace.model import Step
+from ada2ms.core.trace.sketch import SUMS
+from ada2ms.core.trace.verdict import Verdict
+
+Print = Sequence[float]
+Likeness = Literal["equal", "rounded", "layout", "order", "scaled", "other"]
+_NARROW: Final = 2.0**-8  # of bfloat16
+_CLOSE: Final = 1e-4  # fingerprints of float32 data, of whichever preprocessing
+
+
+def compare(steps: Sequence[tuple[Step, Step]], i: int, notes: list[str]) -> Verdict | None:
+    """What parts the batches of a step, if anything; what differs and does not matter is noted."""
+    a, b = (flat(step) for step in steps[i])
+    if not a or not b:
+        return None
+    if len(steps[i][0].batches) != len(steps[i][1].batches):
+        return _counts(steps, i, notes)
+    if len(a) != len(b):
+        return _verdict(i, "arrays", f"A was told {len(a)} arrays and B {len(b)}", ["what is given to batch()"])
+    kinds = [alike(x, y) for x, y in zip(a, b, strict=True)]
+    if all(kind == "equal" for kind in kinds):
+        return None
+    if "other" not in kinds and "scaled" not in kinds:
+        if (
+            "order" in kinds
+            and len(a) > 1
+            and any(kind in ("equal", "rounded", "layout") and x[1] > 1 for kind, x in zip(kinds, a, strict=True))
+        ):
+            odd = [k + 1 for k, kind in enumerate(kinds) if kind == "order"]
+            return _verdict(
+                i,
+                "pairing",
+                f"array {odd[0]} of the batch is in another order, the others are not",
+                ["whether inputs and labels are shuffled together"],
+            )
+        _note(notes, kinds)
+        return None
+    return _elsewhere(steps, i, a, b, kinds)
+
+
+def flat(step: Step) -> list[Print]:
+    """The arrays of all batches of a step."""
+    return [x for batch in step.batches for x in batch]
+
+
+def alike(x: Print, y: Print) -> Likeness:
+    """What two arrays have in common."""
+    known = not (math.isnan(x[4]) or math.isnan(y[4]))
+    size, samples = x[0] == y[0], x[1] == y[1]
+    scale = max(math.sqrt(max(x[3], y[3], 0.0)), 1e-30)
+    content = size and _near(x[3], y[3], x[3]) and _near(x[2], y[2], scale * math.sqrt(max(x[0], 1)))
+    if content:
+        if not known or not samples:
+            return "order" if known else "equal"
+        by_sample = [4 + k for k in range(2 * SUMS)]
+        whole = [5 + 2 * SUMS + k for k in range(SUMS)]
+        if all(_near(x[k], y[k], scale) for k in whole):
+            return "equal"
+        per_sum = scale * math.sqrt(max(x[0], 1))
+        same = all(_near(x[k], y[k], per_sum if k < 4 + SUMS else max(x[3], 1e-30)) for k in by_sample)
+        return "layout" if same else "order"
+    apart = math.sqrt(sum((x[k] - y[k]) ** 2 for k in range(5 + 2 * SUMS, 5 + 3 * SUMS)) / SUMS)
+    if size and samples and known and apart < _NARROW * scale:
+        return "rounded"
+    ratio = math.sqrt(y[3] / x[3]) if size and x[3] > 0 and y[3] > 0 else 0.0
+    whole = [5 + 2 * SUMS + k for k in range(SUMS)]
+    if ratio and known and all(_near(x[k] * ratio, y[k], scale) for k in whole):
+        return "scaled"
+    return "other"
+
+
+def _near(x: float, y: float, scale: float) -> bool:
+    return abs(x - y) <= _CLOSE * abs(scale) or x == y
+
+
+def _note(notes: list[str], kinds: Sequence[Likeness]) -> None:
+    words = {
+        "rounded": "batches are rounded to 16 bits in one run, or differ by as much",
+        "layout": "batches hold the same samples, each in another layout (such as channels last)",
+        "order": "batches hold the same samples in another order",
+    }
+    for kind, sentence in words.items():
+        if kind in kinds and sentence not in notes:
+            notes.append(sentence)
+
+
+def _counts(steps: Sequence[tuple[Step, Step]], i: int, notes: list[str]) -> Verdict | None:
+    """A step of one took more batches than that of the other."""
+    x, y = steps[i]
+    totals = [[sum(each[0][k] for each in s.batches if each) for k in (0, 2, 3)] for s in (x, y)]
+    n, m = len(x.batches), len(y.batches)
+    if all(_near(p, q, max(abs(p), math.sqrt(max(totals[0][2], 0)))) for p, q in zip(*totals, strict=True)):
+        sentence = f"A takes {n} batches in a step where B takes {m}, with the same samples in all"
+        if sentence not in notes:
+            notes.append(sentence)
+        return None
+    more, fewer = ("A", "B") if n > m else ("B", "A")
+    before = all(len(p.batches) == len(q.batches) for p, q in steps[:i])
+    if i and before:
+        cause = f"{more} took {max(n, m)} batches in this step and {fewer} {min(n, m)}: a step of {more} was left out"
+        look = ["the loss scale: a GradScaler leaves out steps whose gradients are not finite"]
+        return _verdict(i, "skipped step", cause, look)
+    cause = f"A accumulates {n} batches in a step and B {m}, which are not the same samples"
+    return _verdict(i, "accumulation", cause, ["gradient accumulation, and the batch size with it"])
+
+
+def _elsewhere(
+    steps: Sequence[tuple[Step, Step]], i: int, a: list[Print], b: list[Print], kinds: list[Likeness]
+) -> Verdict:
+    if "scaled" in kinds:
+        k = kinds.index("scaled")
+        ratio = math.sqrt(b[k][3] / a[k][3])
+        cause = f"array {k + 1} of the batch is multiplied by {ratio:.6g} in B"
+        return _verdict(i, "scaled", cause, ["how inputs are normalised (such as by 255)"])
+    if a[0][1] != b[0][1]:
+        cause = f"batches have {a[0][1]:g} samples in A and {b[0][1]:g} in B"
+        return _verdict(i, "batch size", cause, ["the batch size, and whether a last short batch is dropped"])
+    first = kinds.index("other")
+    if first and kinds[0] != "other":
+        cause = f"array {first + 1} of the batch differs, those before it do not"
+        return _verdict(i, "other arrays", cause, ["how labels, or weights, are made"])
+
+    def shifted(n: int) -> bool:
+        places = [j for j in range(i, len(steps)) if 0 <= j + n < len(steps)]
+        return len(places) > 1 and all(_same(steps[j][0], steps[j + n][1]) for j in places[:8])
+
+    for n in (k for m in range(1, min(len(steps), 33)) for k in (m, -m)):
+        if shifted(n):
+            cause = f"B has the batches of A {abs(n)} step{'s' if abs(n) > 1 else ''} {'later' if n > 0 else 'earlier'}"
+            look = ["a batch that is taken before the loop", "the position in the data after a restart"]
+            return _verdict(i, "shifted", cause, look)
+    found = sum(any(_same(x, y) for _, y in steps) for x, _ in steps[i:])
+    if found > 0.5 * (len(steps) - i):
+        cause = f"B has the batches of A in another order ({found} of {len(steps) - i} are found at other steps)"
+        return _verdict(i, "order", cause, ["the seed and the generator by which batches are shuffled"])
+    totals = [[sum(flat(s)[0][k] for s in side[i:]) for k in (0, 2, 3)] for side in zip(*steps, strict=True)]
+    if len(steps) - i > 1 and all(
+        _near(p, q, max(abs(p), math.sqrt(abs(totals[0][2])))) for p, q in zip(*totals, strict=True)
+    ):
+        cause = "the batches are other ones, but of the same samples in all"
+        return _verdict(i, "order", cause, ["the seed and the generator by which samples are shuffled"])
+    return _verdict(
+        i, "other data", "the batches hold other numbers", ["the data set, its split and its preprocessing"]
+    )
+
+
+def _same(x: Step, y: Step) -> bool:
+    a, b = flat(x), flat(y)
+    return len(a) == len(b) > 0 and all(
+        alike(p, q) in ("equal", "rounded", "layout") for p, q in zip(a, b, strict=True)
+    )
+
+
+def _verdict(i: int, kind: str, cause: str, look: list[str]) -> Verdict:
+    return Verdict("parted", cause, "data", i + 1, kind, look=look)

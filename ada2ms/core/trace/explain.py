@@ -1,0 +1,215 @@
+"""Which dialect a run speaks: the update of each recorded step, against what each dialect would have done."""
+
+import math
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from ada2ms.core.trace.dialects import OWN_HYPER, Dialect, Hyper, base, replay, variants
+from ada2ms.core.trace.model import Parameter, Trace
+from ada2ms.core.trace.sketch import Array, precision
+
+_ENTRIES = 2048  # of each tensor that are looked at
+_SLACK = 4.0  # how many roundings of each kind are allowed for
+
+
+@dataclass
+class Series:
+    """What is recorded of a tensor, entry by entry, for the first steps."""
+
+    parameter: Parameter
+    values: list[Array] = field(default_factory=list)
+    gradients: list[Array | None] = field(default_factory=list)
+    updates: list[Array] = field(default_factory=list)
+    hyper: list[Hyper] = field(default_factory=list)
+    means: dict[str, list[float]] = field(default_factory=lambda: {"model": [], "tensor": []})
+
+
+@dataclass
+class Fit:
+    """How well a dialect explains a run.
+
+    Attributes:
+        dialect: which.
+        excess: the largest deviation of an update, in units of what rounding explains.
+        deviation: the largest deviation of an update, relative to its norm.
+        factor: by what the updates are to be multiplied to fit best, at the learning rate that was recorded; the
+            learning rate itself where none was.
+        factors: of each step.
+        steps: how many there are to compare.
+        off: of parameters that it does not explain, by how much; and at which step first, counted from 0.
+        free: whether the fit is that of these factors, and not of the learning rates that were recorded.
+    """
+
+    dialect: Dialect
+    excess: float
+    deviation: float
+    factor: float
+    factors: list[float]
+    steps: int
+    free: bool = False
+    off: dict[str, float] = field(default_factory=dict)
+    first: int = 0
+
+    @property
+    def fits(self) -> bool:
+        """Whether rounding explains what is left."""
+        return self.excess <= 1.0
+
+
+def series(trace: Trace) -> list[Series]:
+    """The first steps, as far as entries of all of them were recorded; none if the optimizer had begun before."""
+    found = [Series(p) for p in trace.parameters]
+    if trace.about.get("started"):
+        return []
+    for step in trace.steps:
+        if not step.full or step.skipped:
+            break
+        norms = step.sketches["gradient"][:, 0]
+        sizes = np.array([p.size for p in trace.parameters], np.float64)
+        there = ~step.missing & np.isfinite(norms)
+        total = float(np.sum(np.square(norms[there]))) / max(float(sizes[there].sum()), 1.0)
+        for i, each in enumerate(found):
+            name = each.parameter.name
+            if name not in step.full.get("value", {}) or name not in step.full.get("update", {}):
+                return []
+            each.values.append(_flat(step.full["value"][name]))
+            each.updates.append(_flat(step.full["update"][name]))
+            gradient = step.full.get("gradient", {}).get(name)
+            each.gradients.append(None if gradient is None or step.missing[i] else _flat(gradient))
+            group = min(each.parameter.group, len(step.hyper) - 1)
+            each.hyper.append(step.hyper[group] if step.hyper else {})
+            each.means["model"].append(total)
+            each.means["tensor"].append(float(norms[i]) ** 2 / max(each.parameter.size, 1) if there[i] else 0.0)
+    return [each for each in found if each.values]
+
+
+def _flat(array: Array) -> Array:
+    """As float64, at most so many entries, evenly spread."""
+    x = np.asarray(array, np.float64).reshape(-1)
+    return x if x.size <= _ENTRIES else x[np.arange(_ENTRIES) * x.size // _ENTRIES]
+
+
+def fit(dialect: Dialect, run: list[Series], *, free: bool = False) -> Fit:
+    """How well a dialect explains a run.
+
+    Args:
+        dialect: which.
+        run: of `series`, not empty.
+        free: whether each step's learning rate may be another than the recorded one.
+    """
+    steps = len(run[0].values)
+    directions = [replay(dialect, s.values, s.gradients, s.hyper, s.means[dialect.scope]) for s in run]
+    excess = deviation = 0.0
+    factors: list[float] = []
+    off: dict[str, float] = {}
+    first = steps
+    for i in range(steps):
+        told = [s.hyper[i].get("lr") for s in run]
+        known = all(lr is not None for lr in told)
+        rates = [1.0 if lr is None else lr for lr in told]
+        pairs = [(s.updates[i] - d[i][1], lr * d[i][0]) for s, d, lr in zip(run, directions, rates, strict=True)]
+        squares = sum(float(p @ p) for _, p in pairs)
+        c = sum(float(u @ p) for u, p in pairs) / squares if squares > 0 else 1.0
+        factors.append(c)
+        used = c if free or not known else 1.0
+        for s, (u, p) in zip(run, pairs, strict=True):
+            left, norm = float(np.linalg.norm(u - used * p)), float(np.linalg.norm(s.updates[i]))
+            tolerance = _SLACK * (
+                precision(s.parameter.dtype) * float(np.linalg.norm(s.values[i]))
+                + 8 * max(precision(s.parameter.dtype), 2.0**-24 if s.parameter.dtype != "float64" else 0.0) * norm
+            )
+            if not math.isfinite(left):
+                return Fit(dialect, math.inf, math.inf, c, factors, steps, free, {s.parameter.name: math.inf}, i)
+            if left > 0:
+                here = left / tolerance if tolerance else math.inf
+                excess, deviation = max(excess, here), max(deviation, left / norm if norm else math.inf)
+                if here > 1:
+                    off[s.parameter.name] = max(off.get(s.parameter.name, 0.0), here)
+                    first = min(first, i)
+    return Fit(dialect, excess, deviation, float(np.median(factors)), factors, steps, free, off, first)
+
+
+def explain(trace: Trace, *, prefer: Dialect | None = None) -> Fit | None:
+    """The simplest dialect that explains a run; the one that comes nearest if none does; None without a record.
+
+    First the one that the optimizer is said to speak, then those that differ from it in one thing, then in two, and for
+    each whether a factor of the learning rate is the matter.
+
+    Args:
+        trace: of the run.
+        prefer: a dialect to try first, if the optimizer's own is not to be.
+    """
+    run = series(trace)
+    if not run:
+        return None
+    hyper = run[0].hyper[0]
+    first = prefer or base(str(trace.about.get("optimizer", "")), hyper)
+    found = fit(first, run)
+    if found.fits:
+        return found
+    tried = [found]
+    other = {"adam": "sgd", "sgd": "adam", "ada2ms": "adam"}[first.family]
+    families = [first, Dialect(family=other, decay=first.decay)]
+    for free in (False, True):
+        for start in families:
+            for dialect in [start, *variants(start, hyper)]:
+                tried.append(fit(dialect, run, free=free))
+                if tried[-1].fits and not (free and _wild(tried[-1])):
+                    return tried[-1]
+    near = sorted(tried, key=lambda f: f.excess)[:6]
+    for before in near:
+        for dialect in variants(before.dialect, hyper):
+            tried.append(fit(dialect, run))
+            if tried[-1].fits:
+                return tried[-1]
+    return min(tried, key=lambda f: f.excess)
+
+
+def explain_some(trace: Trace, names: list[str], near: Dialect) -> Fit | None:
+    """A dialect of some parameters alone that differs from another in one thing, if there is one."""
+    run = [each for each in series(trace) if each.parameter.name in names]
+    for dialect in variants(near, run[0].hyper[0] if run else {}):
+        if run and (found := fit(dialect, run)).fits:
+            return found
+    return None
+
+
+def _wild(found: Fit) -> bool:
+    """Whether factors are of no common sense: each step another, or none at all."""
+    return not all(c > 0 for c in found.factors)
+
+
+def spoken(found: Fit) -> str:
+    """A dialect in words."""
+    d = found.dialect
+    names = {"adam": "Adam", "sgd": "SGD with momentum", "ada2ms": "Ada2MS"}
+    words = [names[d.family]]
+    if d.family == "adam":
+        words.append(
+            {
+                "outside": "epsilon outside the root, after bias correction",
+                "inside": "epsilon inside the root",
+                "before": "epsilon outside the root, before bias correction",
+            }[d.eps]
+        )
+    words.append(
+        {
+            "decoupled": "decoupled weight decay",
+            "after": "weight decay after the update",
+            "coupled": "weight decay in the gradient",
+            "unscaled": "weight decay not times lr",
+        }[d.decay]
+    )
+    if d.bias != "both" and d.family != "sgd":
+        words.append(
+            {
+                "none": "no bias correction",
+                "first": "bias correction of the first moment only",
+                "second": "bias correction of the second moment only",
+            }[d.bias]
+        )
+    words += ["Nesterov"] * d.nesterov + [f"count {d.late:+d}"] * bool(d.late) + ["uphill"] * (d.sign < 0)
+    words += [f"moments in {d.state}"] * (d.state != "float32")
+    words += [f"{name} {value:g}" for name, value in d.changed if name in OWN_HYPER[d.family]]
+    return ", ".join(words)

@@ -1,0 +1,65 @@
+"""What is said of two traces, or of one: stage, step, cause, evidence, and what to look at."""
+
+from dataclasses import asdict, dataclass, field
+from typing import Any, Final, Literal
+
+Outcome = Literal["only rounding", "parted", "cannot tell"]
+STATUS: Final[dict[str, int]] = {"only rounding": 0, "parted": 1, "cannot tell": 2}
+STAGES: Final = ("data", "start", "value", "forward", "gradient", "hyperparameters", "update")
+
+
+@dataclass
+class Verdict:
+    """What two traces, or one, come to.
+
+    Attributes:
+        outcome: "only rounding", "parted" or "cannot tell".
+        stage: of STAGES, where they part; empty if they do not.
+        step: at which, counted from 1; 0 if they do not.
+        cause: in one sentence.
+        evidence: what was seen, with sizes.
+        agrees: what agrees before it.
+        look: what to look at.
+        notes: what differs and does not matter, or could not be compared.
+        parameters: those that part.
+        kind: the cause in one or two words, for programs.
+    """
+
+    outcome: Outcome
+    cause: str
+    stage: str = ""
+    step: int = 0
+    kind: str = ""
+    evidence: list[str] = field(default_factory=list)
+    agrees: list[str] = field(default_factory=list)
+    look: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+    parameters: list[str] = field(default_factory=list)
+
+    @property
+    def status(self) -> int:
+        """The exit status: 0, 1 or 2."""
+        return STATUS[self.outcome]
+
+    def data(self) -> dict[str, Any]:
+        """As plain data."""
+        return {**asdict(self), "status": self.status}
+
+    def __str__(self) -> str:
+        where = f" at step {self.step}, in the stage {self.stage!r}" if self.stage else ""
+        lines = [f"{self.outcome.capitalize()}{where}: {self.cause}"]
+        for title, sentences in (
+            ("evidence", self.evidence),
+            ("agrees", self.agrees),
+            ("look at", self.look),
+            ("notes", self.notes),
+        ):
+            for i, sentence in enumerate(sentences):
+                lines.append(f"  {title + ':' if i == 0 else '':10} {sentence}")
+        return "\n".join(lines)
+
+
+def some(names: list[str], most: int = 4) -> str:
+    """Names for a sentence, not too many."""
+    rest = len(names) - most
+    return ", ".join(names[:most]) + (f" and {rest} more" if rest > 0 else "")

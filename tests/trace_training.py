@@ -1,0 +1,270 @@
+"""One small training script in each framework, with room for planted faults: what `ada2ms trace` is tested with.
+
+A network of 12 inputs, two hidden layers with a LayerNorm between them, and 4 classes; the same weights and batches
+everywhere. Each function trains and writes a trace; its keyword arguments are the faults.
+"""
+
+import contextlib
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+STEPS, BATCH, INPUTS, HIDDEN, CLASSES = 8, 8, 12, 16, 4
+NAMES = (
+    "0.dense.kernel",
+    "0.dense.bias",
+    "1.norm.scale",
+    "1.norm.bias",
+    "2.dense.kernel",
+    "2.dense.bias",
+    "3.dense.kernel",
+    "3.dense.bias",
+)
+LR, DECAY = 1e-2, 1e-2
+
+
+def weights(seed: int = 0) -> dict[str, np.ndarray]:
+    """By neutral names; kernels are (inputs, outputs)."""
+    rng = np.random.default_rng(seed)
+    shapes = [
+        (INPUTS, HIDDEN),
+        (HIDDEN,),
+        (HIDDEN,),
+        (HIDDEN,),
+        (HIDDEN, HIDDEN),
+        (HIDDEN,),
+        (HIDDEN, CLASSES),
+        (CLASSES,),
+    ]
+    found = {
+        name: rng.normal(size=shape) / math.sqrt(shape[0]) if len(shape) > 1 else 0.1 * rng.normal(size=shape)
+        for name, shape in zip(NAMES, shapes, strict=True)
+    }
+    found["1.norm.scale"] += 1
+    return {name: x.astype(np.float32) for name, x in found.items()}
+
+
+def batches(
+    seed: int = 1,
+    *,
+    steps: int = STEPS,
+    shift: int = 0,
+    shuffle: int | None = None,
+    scale: float = 1.0,
+    labels_rolled: bool = False,
+    within: bool = False,
+    size: int = BATCH,
+) -> list[tuple[np.ndarray, np.ndarray]]:
+    """Inputs and labels of each step; the labels can be learned."""
+    rng = np.random.default_rng(seed)
+    found = []
+    teacher = np.random.default_rng(9).normal(size=(INPUTS, CLASSES))
+    for _ in range(steps + 4):
+        x = rng.normal(size=(BATCH, INPUTS)).astype(np.float32)
+        y = np.argmax(x @ teacher, 1)
+        found.append((x, y))
+    found = found[shift : shift + steps]
+    if shuffle is not None:
+        found = [found[k] for k in np.random.default_rng(shuffle).permutation(len(found))]
+    if within:
+        found = [(x[::-1].copy(), y[::-1].copy()) for x, y in found]
+    return [(x[:size] * np.float32(scale), np.roll(y, 1)[:size] if labels_rolled else y[:size]) for x, y in found]
+
+
+def rate(step: int, *, schedule: str = "constant", off: int = 0) -> float:
+    """The learning rate of a step, counted from 0."""
+    k = step + off
+    return LR if schedule == "constant" else LR * (min(k + 1, 3) / 3 if schedule == "warmup" else 0.9**k)
+
+
+@dataclass
+class Torch:
+    """The options of the script in torch."""
+
+    optimizer: Callable[[Any], Any] | None = None
+    seed: int = 0
+    data: dict[str, Any] | None = None
+    schedule: str = "constant"
+    off: int = 0
+    reduction: str = "mean"
+    accumulate: int = 1
+    forget_division: bool = False
+    scale: float = 1.0
+    clip: float | None = None
+    norm_eps: float = 1e-5
+    dropout: float = 0.0
+    activation: str = "tanh"
+    frozen: tuple[str, ...] = ()
+    detach: bool = False
+    autocast: bool = False
+    dtype: str = "float32"
+    transposed: str = ""
+    report: Callable[[Any], Any] | None = None
+    skip: int | None = None
+    clamp: float | None = None
+    smoothing: float = 0.0
+    reset_at: int | None = None
+    wrong_from: tuple[int, float] | None = None
+    gradient_noise: float = 0.0
+    full: int = 3
+    steps: int = STEPS
+
+
+def train_torch(path: Path, **options: Any) -> Path:
+    import torch
+
+    from ada2ms.torch import Recorder, plain_layers
+
+    o = Torch(**options)
+    torch.manual_seed(0)
+    net = _network(o)
+    opt = (o.optimizer or (lambda params: torch.optim.AdamW(params, lr=LR, weight_decay=DECAY)))(net.parameters())
+    with Recorder(path, net, opt, full=o.full, flush=3, **plain_layers(net)) as recorder:
+        for i, (x, y) in enumerate(batches(steps=o.steps, **(o.data or {}))):
+            for group in opt.param_groups:
+                group["lr"] = rate(i, schedule=o.schedule, off=o.off)
+                if o.wrong_from is not None and i >= o.wrong_from[0]:
+                    group["lr"] *= o.wrong_from[1]
+            if o.reset_at == i:
+                opt.state.clear()
+            opt.zero_grad()
+            _gradients(o, net, recorder, torch.from_numpy(x).to(getattr(torch, o.dtype)), torch.from_numpy(y))
+            if o.skip == i:
+                continue
+            if o.clip is not None:
+                torch.nn.utils.clip_grad_norm_(net.parameters(), o.clip)
+            opt.step()
+            if o.clamp is not None:
+                with torch.no_grad():
+                    net[2].weight.clamp_(-o.clamp, o.clamp)
+    return path
+
+
+def _network(o: Torch) -> Any:
+    import torch
+    from torch import nn
+
+    from ada2ms.torch import plain_layers
+
+    norm = nn.LayerNorm(HIDDEN, eps=o.norm_eps)
+    net = nn.Sequential(nn.Linear(INPUTS, HIDDEN), norm, nn.Linear(HIDDEN, HIDDEN), nn.Linear(HIDDEN, CLASSES))
+    names, start = plain_layers(net)["names"], weights(o.seed)
+    with torch.no_grad():
+        for own, p in net.named_parameters():
+            value = torch.from_numpy(start[names[own]])
+            p.copy_(value.T if value.ndim == 2 and names[own] != o.transposed else value)
+            p.requires_grad_(names[own] not in o.frozen)
+    return net.to(getattr(torch, o.dtype))
+
+
+def _gradients(o: Torch, net: Any, recorder: Any, x: Any, y: Any) -> None:
+    import torch
+    from torch.nn import functional
+
+    act = {"tanh": torch.tanh, "relu": torch.relu}[o.activation]
+    for xs, ys in zip(x.chunk(o.accumulate), y.chunk(o.accumulate), strict=True):
+        recorder.batch(xs, ys)
+        with torch.autocast("cpu", torch.bfloat16) if o.autocast else contextlib.nullcontext():
+            h = act(net[1](net[0](xs)))
+            h = functional.dropout(h.detach() if o.detach else h, o.dropout)
+            logits = net[3](torch.tanh(net[2](h))).float()
+            loss = functional.cross_entropy(logits, ys, reduction=o.reduction, label_smoothing=o.smoothing)
+        recorder.loss(loss.detach() if o.report is None else o.report(loss.detach()))
+        (loss * o.scale / (1 if o.forget_division else o.accumulate)).backward()
+    if o.gradient_noise:
+        for p in net.parameters():
+            p.grad += o.gradient_noise * p.grad.abs().mean() * torch.randn_like(p)
+
+
+def train_jax(
+    path: Path,
+    *,
+    optimizer: Any = None,
+    hyper: dict[str, Any] | None = None,
+    seed: int = 0,
+    data: dict[str, Any] | None = None,
+    reduction: str = "mean",
+    norm_eps: float = 1e-5,
+    transposed: str = "",
+    stop: bool = False,
+    steps: int = STEPS,
+) -> Path:
+    import jax
+    import jax.numpy as jnp
+    import optax
+
+    from ada2ms.jax import Recorder, recorded
+
+    params = {name: jnp.asarray(x.T if name == transposed else x) for name, x in weights(seed).items()}
+    if optimizer is None:
+        optimizer, hyper = (
+            optax.adamw(LR, weight_decay=DECAY),
+            {"lr": LR, "weight_decay": DECAY, "b1": 0.9, "b2": 0.999, "eps": 1e-8},
+        )
+
+    def loss_of(p: Any, x: Any, y: Any) -> Any:
+        h = x @ p[NAMES[0]] + p[NAMES[1]]
+        h = (h - h.mean(-1, keepdims=True)) / jnp.sqrt(h.var(-1, keepdims=True) + norm_eps)
+        h = jnp.tanh(h * p[NAMES[2]] + p[NAMES[3]])
+        h = jax.lax.stop_gradient(h) if stop else h
+        logits = jnp.tanh(h @ p[NAMES[4]] + p[NAMES[5]]) @ p[NAMES[6]] + p[NAMES[7]]
+        losses = optax.softmax_cross_entropy_with_integer_labels(logits, y)
+        return losses.sum() if reduction == "sum" else losses.mean()
+
+    with Recorder(path, params, hyper=hyper, optimizer="optax.adamw") as recorder:
+        opt = recorded(optimizer, recorder)
+        state = opt.init(params)
+
+        @jax.jit
+        def step(params: Any, state: Any, x: Any, y: Any) -> Any:
+            loss, grads = jax.value_and_grad(loss_of)(params, x, y)
+            updates, state = opt.update(grads, state, params)
+            return optax.apply_updates(params, updates), state, loss
+
+        for x, y in batches(steps=steps, **(data or {})):
+            recorder.batch(x, y)
+            params, state, loss = step(params, state, x, y)
+            recorder.loss(loss)
+    return path
+
+
+def train_keras(
+    path: Path,
+    *,
+    optimizer: Any = None,
+    seed: int = 0,
+    data: dict[str, Any] | None = None,
+    norm_eps: float = 1e-5,
+    reduction: str = "sum_over_batch_size",
+    copied: bool = True,
+    steps: int = STEPS,
+) -> Path:
+    import keras
+
+    from ada2ms.tf import Recorder, plain_layers
+
+    keras.utils.set_random_seed(0)
+    dense = keras.layers.Dense
+    layers = [
+        keras.Input((INPUTS,)),
+        dense(HIDDEN),
+        keras.layers.LayerNormalization(epsilon=norm_eps),
+        keras.layers.Activation("tanh"),
+        dense(HIDDEN, "tanh"),
+        dense(CLASSES),
+    ]
+    model = keras.Sequential(layers)
+    mappings, start = plain_layers(model), weights(seed)
+    for v in model.trainable_variables if copied else []:
+        v.assign(start[mappings["names"][v.path]])
+    opt = optimizer or keras.optimizers.AdamW(LR, weight_decay=DECAY, epsilon=1e-8)
+    loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True, reduction=reduction)
+    model.compile(opt, loss, run_eagerly=True)
+    x, y = (np.concatenate(arrays) for arrays in zip(*batches(steps=steps, **(data or {})), strict=True))
+    with Recorder(path, model, **mappings) as recorder:
+        model.fit(x, y, batch_size=BATCH, shuffle=False, verbose=0, callbacks=[recorder])
+    return path
