@@ -85,7 +85,7 @@ OPTIMIZERS: dict[str, Any] = {
 }
 
 
-@pytest.mark.parametrize(("name", "donated"), [("adamw", True), ("ada2ms", False)])
+@pytest.mark.parametrize(("name", "donated"), [("adamw", True), pytest.param("ada2ms", False, marks=pytest.mark.slow)])
 def test_any_optimizer_is_recorded_under_jit(name: str, donated: bool, tmp_path: Path) -> None:
     """And computes what it computed without; its state is its own."""
     seen, last = by_hand(OPTIMIZERS[name]())

@@ -12,6 +12,7 @@ from ada2ms.core.trace import Trace, TraceError
 from ada2ms.core.trace.model import fingerprint
 from ada2ms.core.trace.sketch import resolution, sketch
 from ada2ms.tf import Ada2MS, Recorder, plain_layers
+from support import slow
 
 pytestmark = pytest.mark.keras
 
@@ -49,7 +50,7 @@ class Witness(keras.callbacks.Callback):  # type: ignore[misc]
         self.values.append([np.array(ops.convert_to_numpy(v)) for v in variables])
 
 
-@pytest.mark.parametrize("name", OPTIMIZERS)
+@pytest.mark.parametrize("name", ["Ada2MS", *slow("AdamW", "SGD")])
 def test_fit_is_recorded(name: str, tmp_path: Path) -> None:
     """Values and updates are those of a run without; losses and batches those that were fed."""
     model = network()

@@ -24,7 +24,7 @@ import numpy as np
 import optax  # type: ignore[import-untyped]
 from jax.experimental import io_callback
 
-from ada2ms.core.state import Axes, Names
+from ada2ms.core.state import Axes, Extras, Names
 from ada2ms.core.trace import Parameter, Step, TraceError, Writer
 from ada2ms.core.trace.model import empty_sketches, positions, resolve
 from ada2ms.core.trace.sketch import MIXING, SUMS
@@ -47,8 +47,9 @@ class Recorder:
         params: the parameters, or anything with their tree, shapes and types. A leaf's name here is its path,
             `"dense/kernel"`.
         names: the neutral name of a leaf, for each name here, as a mapping or a function; those left out keep their
-            names. `plain_layers` has them, and the next.
+            names. `plain_layers` has them, and the next two.
         axes: for a name here, how an array of the neutral layout is transposed to have this layout.
+        extras: what `plain_layers` gives besides; running statistics are not recorded.
         hyper: what the optimizer was made with, by the names `lr`, `b1`, `b2`, `eps`, `weight_decay`, `adaptivity`
             and the like: numbers, or schedules of the count of completed updates.
         optimizer: what it is called, such as "optax.adamw".
@@ -69,6 +70,7 @@ class Recorder:
         *,
         names: Names = None,
         axes: Axes = None,
+        extras: Extras = None,
         hyper: Hyper | None = None,
         optimizer: str = "",
         full: int = DEFAULT_FULL,

@@ -18,7 +18,7 @@ import numpy as np
 from keras import ops
 
 from ada2ms.core.hyperparameters import value_at
-from ada2ms.core.state import Axes, Names
+from ada2ms.core.state import Axes, Extras, Names
 from ada2ms.core.trace import Step, TraceError, Writer
 from ada2ms.core.trace.model import empty_sketches, resolve, sample
 from ada2ms.core.trace.sketch import sketch
@@ -54,8 +54,9 @@ class Recorder(keras.callbacks.Callback):  # type: ignore[misc]
         model: compiled; or any, if the optimizer is given.
         optimizer: the one to record; by default the model's.
         names: the neutral name of a variable, for each path here, as a mapping or a function; those left out keep their
-            paths. `plain_layers` has them, and the next.
+            paths. `plain_layers` has them, and the next two.
         axes: for a path here, how an array of the neutral layout is transposed to have this layout.
+        extras: what `plain_layers` gives besides; running statistics are not recorded.
         full: of how many steps to keep entries of the arrays as well.
         entries: how many entries of each array; of larger ones a sample.
         flush: after how many steps to write; a run that is killed loses at most these.
@@ -74,6 +75,7 @@ class Recorder(keras.callbacks.Callback):  # type: ignore[misc]
         *,
         names: Names = None,
         axes: Axes = None,
+        extras: Extras = None,
         full: int = DEFAULT_FULL,
         entries: int = DEFAULT_ENTRIES,
         flush: int = DEFAULT_FLUSH,

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from ada2ms.core.hyperparameters import value_at
-from ada2ms.core.state import Axes, Names
+from ada2ms.core.state import Axes, Extras, Names
 from ada2ms.core.trace import Parameter, Step, TraceError, Writer
 from ada2ms.core.trace.model import empty_sketches, resolve, sample
 from ada2ms.core.trace.writer import DEFAULT_ENTRIES, DEFAULT_FLUSH, DEFAULT_FULL
@@ -50,8 +50,9 @@ class Recorder:
         model: the module, or its parameters by name.
         optimizer: any, over parameters of the model.
         names: the neutral name of a parameter, for each name here, as a mapping or a function; those left out keep
-            their names. `plain_layers` has them, and the next.
+            their names. `plain_layers` has them, and the next two.
         axes: for a name here, how an array of the neutral layout is transposed to have this layout.
+        extras: what `plain_layers` gives besides; running statistics are not recorded.
         full: of how many steps to keep entries of the tensors as well.
         entries: how many entries of each tensor; of larger ones a sample.
         flush: after how many steps to write; a run that is killed loses at most these.
@@ -71,6 +72,7 @@ class Recorder:
         *,
         names: Names = None,
         axes: Axes = None,
+        extras: Extras = None,
         full: int = DEFAULT_FULL,
         entries: int = DEFAULT_ENTRIES,
         flush: int = DEFAULT_FLUSH,
