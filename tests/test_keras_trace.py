@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from keras import ops
 
+from ada2ms.core import Group, Linear
 from ada2ms.core.trace import Trace, TraceError
 from ada2ms.core.trace.model import fingerprint
 from ada2ms.core.trace.sketch import resolution, sketch
@@ -88,6 +89,17 @@ def test_fit_is_recorded(name: str, tmp_path: Path) -> None:
         assert step.hyper[0]["lr"] == pytest.approx(0.01)
         last = ops.convert_to_numpy(model(x)) - y  # the gradient of the last bias, by hand
         assert np.allclose(step.sketches["gradient"][3], sketch(last.sum(0) * 2 / y.size), rtol=1e-4, atol=1e-6)
+
+
+def test_an_optimizer_with_several_counts_is_recorded(tmp_path: Path) -> None:
+    """Groups that differ in b2 have counts of their own; the hyperparameters are the optimizer's own."""
+    model = network()
+    adaptivity = Linear(1.0, 0.0, steps=STEPS)
+    optimizer = Ada2MS(0.01, adaptivity=adaptivity, groups=[Group("kernel", b2=0.9)], global_clipnorm=1.0)
+    model.compile(optimizer=optimizer, loss="mse", run_eagerly=True)
+    with Recorder(tmp_path / "run", model, **plain_layers(model)) as recorder:
+        model.fit(X, Y, batch_size=8, shuffle=False, verbose=0, callbacks=[recorder])
+    assert [step.hyper[0]["adaptivity"] for step in Trace.load(tmp_path / "run").steps] == [1.0, 0.75, 0.5, 0.25]
 
 
 def close(actual: Any, expected: Any) -> bool:

@@ -215,7 +215,7 @@ def _hyper(optimizer: Any) -> dict[str, float]:
         found["weight_decay"] = 0.0
     adaptivity = getattr(optimizer, "adaptivity", None)
     if adaptivity is not None:
-        count = int(_numpy(optimizer._global_step)) if optimizer.built else 0
+        count = int(np.ravel(_numpy(optimizer._global_step))[0]) if optimizer.built else 0  # the optimizer's own
         found["adaptivity"] = float(_numpy(value_at(adaptivity, count)))
     return found
 
