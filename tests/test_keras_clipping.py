@@ -171,6 +171,18 @@ def test_zero_is_none_as_in_keras() -> None:
     assert_close(moved(ROWS, global_clipnorm=float("inf")), moved(ROWS), **CLOSE)
 
 
+def test_gradients_alone_are_clipped_as_by_keras() -> None:
+    """By the method that Keras' own tests call, whatever went before; a step that fails leaves no trace."""
+    optimizer, targets = Ada2MS(0.1, global_clipnorm=3.0), variables(arrays(0))
+    gradients = [ops.convert_to_tensor(g) for g in ROWS[1]]
+    expected = [numpy(g) for g in clip_by_global_norm(gradients, 3.0)]
+    for _ in range(2):
+        assert_close([numpy(g) for g in optimizer._clip_gradients(gradients)], expected, rtol=0)
+        apply(optimizer, ROWS[0], targets)
+        with pytest.raises(ValueError, match="No gradients"):
+            optimizer.apply([None] * 4, targets)
+
+
 def test_is_replaced() -> None:
     targets, optimizer = variables(arrays(0)), Ada2MS(0.1)
     expected = [x.copy() for x in arrays(0)]

@@ -45,6 +45,7 @@ class Reducing(keras.optimizers.Optimizer):  # type: ignore[misc]
     _global_velocity: Variable  # with TensorFlow's strategies a variable that every replica has
     _dtype: str  # of the sums
     _global_clipnorm: float | None
+    _clips_in_step = False  # true within `apply`
 
     @property
     def global_clipnorm(self) -> float | None:
@@ -61,9 +62,18 @@ class Reducing(keras.optimizers.Optimizer):  # type: ignore[misc]
         """The norm that the step clips by: in Keras, other ways of clipping, if set by attributes, go before it."""
         return (self.global_clipnorm or None) if not (self.clipnorm and self.clipnorm > 0) else None
 
+    def apply(self, grads: Sequence[Tensor | None], trainable_variables: Sequence[Variable] | None = None) -> None:
+        """As in every Keras optimizer."""
+        self._clips_in_step = True
+        try:
+            super().apply(grads, trainable_variables)
+        finally:
+            self._clips_in_step = False
+
     def _clip_gradients(self, grads: list[Tensor]) -> list[Tensor]:
-        """Clips in the ways that need no sum over all variables; `global_clipnorm` is the step's own."""
-        clipped: list[Tensor] = super()._clip_gradients(grads) if self._max_norm() is None else grads
+        """Clips as Keras does; within `apply` not by the norm of all gradients, which is left to the step."""
+        in_step = self._clips_in_step and self._max_norm() is not None
+        clipped: list[Tensor] = grads if in_step else super()._clip_gradients(grads)
         return clipped
 
     def _step(self, grads: Sequence[Tensor], variables: Sequence[Variable], learning_rate: Tensor, sums: Sums) -> None:
