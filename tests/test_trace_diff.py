@@ -1,6 +1,9 @@
 """Verdicts on two traces and on one: what is earned, what cannot be told, and what the command line says."""
 
 import json
+import os
+import subprocess
+import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -203,3 +206,29 @@ def test_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) ->
     Path(c).write_bytes(Path(c).read_bytes()[:500] + b"x" + Path(c).read_bytes()[501:])
     assert main(["trace", "judge", c]) == 2
     assert "damaged" in capsys.readouterr().err
+
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.mark.slow
+def test_the_example_finds_both_mistakes(tmp_path: Path) -> None:
+    """With the sentences that the docs quote."""
+    command = [sys.executable, "-W", "error", "examples/trace_port.py", str(tmp_path)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    first, second, third = [part.splitlines()[1] for part in done.stdout.split("$ ")[1:]]
+    docs = (ROOT / "docs" / "trace.md").read_text()
+    assert all(sentence in docs for sentence in (first, second, third))
+    assert "another reduction" in first
+    assert "weight_decay: 0.01 against 0.0001" in second
+    assert third.startswith("Only rounding")
+
+
+@pytest.mark.slow
+def test_the_benchmark_runs() -> None:
+    command = [sys.executable, "benchmarks/torch_trace.py", "--smoke"]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("steps more") == 2
