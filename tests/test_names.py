@@ -22,6 +22,7 @@ from ada2ms.core.hyperparameters import (
 from support import NOT_YET, skip_what_is_not_there_yet
 
 ROWS = (("lr",), ("b1", "b2"), ("eps",), ("weight_decay",), ("adaptivity",), ("scope",), ("nonfinite",))
+ROWS += (("max_norm",), ("compensated",))
 FRAMEWORKS: tuple[Framework, ...] = ("torch", "keras", "optax")
 
 
@@ -34,6 +35,7 @@ def test_the_readme_has_the_names_and_defaults() -> None:
     readme = (Path(__file__).parents[1] / "README.md").read_text()
     table = readme[readme.index("## Names and defaults") :].splitlines()[4 : 4 + len(ROWS)]
     defaults = {**vars(DEFAULTS), "scope": DEFAULT_SCOPE, "nonfinite": DEFAULT_NONFINITE}
+    defaults |= {"max_norm": DEFAULT_MAX_NORM, "compensated": DEFAULT_COMPENSATED}
     for names, line in zip(ROWS, table, strict=True):
         _, default, *found = [cell.strip().strip("`") for cell in line.strip("|").split("|")]
         assert found == [arguments(names, framework) for framework in FRAMEWORKS]
