@@ -92,6 +92,46 @@ def test_convert(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert again.state[model.weight]["global_exp_avg_sq"] == ours.state[model.weight]["global_exp_avg_sq"]
 
 
+def test_convert_keeps_what_the_whole_optimizer_has_and_what_is_beside_it(tmp_path: Path) -> None:
+    """Clipping, compensations of 16 bits, running statistics and frozen values; no second copy of a tied weight."""
+    import torch
+
+    from ada2ms.torch import Ada2MS, export_state
+
+    model = torch.nn.Sequential(
+        torch.nn.Linear(3, 3, bias=False), torch.nn.BatchNorm1d(3), torch.nn.Linear(3, 3, bias=False)
+    ).bfloat16()
+    model[2].weight = model[0].weight
+    model[1].bias.requires_grad_(False)
+    trained = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+    optimizer = Ada2MS(trained, lr=0.01, max_norm=0.5, compensated=True)
+    for i in range(3):
+        model(torch.arange(6, dtype=torch.bfloat16).reshape(2, 3) + i).square().sum().backward()
+        optimizer.step()
+    saved, neutral, back = tmp_path / "a.pt", tmp_path / "a.safetensors", tmp_path / "b.pt"
+    torch.save({"optimizer": optimizer.state_dict(), "model": model.state_dict()}, saved)
+    assert main(["state", "convert", str(saved), str(neutral)]) == 0
+    state = State.load(neutral)
+    beside = ["1.bias", "1.num_batches_tracked", "1.running_mean", "1.running_var"]
+    assert sorted(state.extras) == beside
+    assert (state.max_norm, state.compensated) == (0.5, True)
+    assert any(entry.compensation.any() for entry in state.parameters.values())
+    exported = export_state(model, optimizer, extras={name: name for name in state.extras})
+    assert_equal(replace(state, source=""), replace(exported, source="", notes=[]))
+    assert main(["state", "convert", str(neutral), str(back)]) == 0
+    assert main(["state", "diff", str(saved), str(back)]) == 0
+    loaded = torch.load(back, weights_only=True)
+    again = Ada2MS(trained, lr=0.5, max_norm=0.5, compensated=True)
+    again.load_state_dict(loaded["optimizer"])
+    for _, p in trained:
+        for key, x in optimizer.state[p].items():
+            assert torch.equal(again.state[p][key], x), key
+            assert again.state[p][key].dtype == x.dtype, key
+    before = {name: x.clone() for name, x in model.state_dict().items()}
+    model.load_state_dict({**loaded["model"], "2.weight": loaded["model"]["0.weight"]})
+    assert all(torch.equal(x, before[name]) for name, x in model.state_dict().items())
+
+
 def test_checkpoints_of_torch_that_are_something_else(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Said in a sentence each; and decay that is part of Adam's gradient is not taken for the rule's."""
     import torch

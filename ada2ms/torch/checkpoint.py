@@ -1,6 +1,7 @@
 """Checkpoints of torch that need no model to be read, and the state of `ada2ms.core.state`."""
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Final
 
@@ -8,9 +9,9 @@ import torch
 
 from ada2ms.core.atomic import write_whole
 from ada2ms.core.schedules import AdaptivitySchedule
-from ada2ms.core.state import State, StateError
+from ada2ms.core.state import Array, State, StateError
 from ada2ms.torch.shared import CHOICES, leave_out_defaults
-from ada2ms.torch.transfer import from_state_dict, set_shared_numbers, tensor, to_state
+from ada2ms.torch.transfer import from_state_dict, numpy, set_shared_numbers, tensor, to_state
 
 _OPTIMIZER: Final = ("optimizer", "optimizer_state_dict", "optimizer_states")
 _MODEL: Final = ("model", "model_state_dict", "state_dict")
@@ -19,7 +20,8 @@ _MODEL: Final = ("model", "model_state_dict", "state_dict")
 def read(path: Path, names: Sequence[str] | None = None) -> State:
     """The state in a file of `torch.save`: the state dict of an optimizer (Ada2MS, AdamW or Adam), or a dict with one
     under "optimizer" or "optimizer_state_dict", or a list of one under "optimizer_states", as Lightning has it; and for
-    the values, the model's under "model", "model_state_dict" or "state_dict". Loaded with `weights_only=True`.
+    the values, the model's under "model", "model_state_dict" or "state_dict". What the optimizer does not
+    have of these, such as running statistics, is in the state's extras. Loaded with `weights_only=True`.
 
     Args:
         path: the file.
@@ -58,12 +60,20 @@ def read(path: Path, names: Sequence[str] | None = None) -> State:
             raise StateError(f"Cannot read {str(path)!r}", [f"{len(names)} names for its {sum(counts)} parameters"])
         rest = iter(names)
         called = [[next(rest) for _ in range(n)] for n in counts]
-    return from_state_dict(optimizer, called, model)
+    return replace(from_state_dict(optimizer, called, model), extras=_extras(model, called))
+
+
+def _extras(model: Mapping[str, Any], called: Sequence[Sequence[str]]) -> dict[str, Array]:
+    """What of a model is in no optimizer; a tied parameter's other names are none of it."""
+    parameters = {name for own in called for name in own}
+    tied = {x.data_ptr() for name, x in model.items() if name in parameters and x.numel()}
+    rest = {name: x for name, x in model.items() if name not in parameters and isinstance(x, torch.Tensor)}
+    return {name: numpy(x) for name, x in rest.items() if x.data_ptr() not in tied}
 
 
 def write(state: State, path: Path) -> None:
     """Writes, whole or not at all, {"optimizer": a state dict that Ada2MS and AdamW load, "model": the values, if the
-    state has them}.
+    state has them, and its extras}.
     """
     entries = [state.parameters[name] for group in state.groups for name in group.params]
     groups, start = [], 0
@@ -86,6 +96,7 @@ def write(state: State, path: Path) -> None:
         pairs = [(group.global_exp_avg_sq, group.global_step) for group in state.groups]
         set_shared_numbers(content["optimizer"], pairs, state.skipped)
     values = {name: tensor(entry.param) for name, entry in state.parameters.items() if entry.param is not None}
+    values |= {name: tensor(array) for name, array in state.extras.items()}
     if values:
         content["model"] = values
     write_whole(path, lambda file: torch.save(content, file))

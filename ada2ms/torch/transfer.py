@@ -73,7 +73,7 @@ def export_state(
     own = [[called[p] for p in group["params"]] for group in optimizer.param_groups]
     state = from_state_dict(optimizer.state_dict(), own, named, names=names, axes=axes, values=values)
     beside = _beside(model, named, called) if values else {}
-    found = portable_extras({name: _numpy(x) for name, x in beside.items() if name in (extras or {})}, extras, axes)
+    found = portable_extras({name: numpy(x) for name, x in beside.items() if name in (extras or {})}, extras, axes)
     left = [name for name in beside if name in named and name not in (extras or {})]
     notes = without_moments(left, imported=False)
     return replace(state, extras=found, source=f"torch {torch.__version__}: {type(optimizer).__name__}", notes=notes)
@@ -115,14 +115,14 @@ def from_state_dict(
                 problems.append(f"nothing is known of {name!r}: it has had no update, and its value is not there")
                 continue
             s = state.get(shared.S) if state else 0.0
-            zeros = np.zeros((), np.float32) if value is None else np.zeros_like(_numpy(value))
+            zeros = np.zeros((), np.float32) if value is None else np.zeros_like(numpy(value))
             entries[name] = Entry(
-                exp_avg=_numpy(state["exp_avg"]) if state else zeros,
-                exp_avg_sq=_numpy(state["exp_avg_sq"]) if state else zeros.copy(),
+                exp_avg=numpy(state["exp_avg"]) if state else zeros,
+                exp_avg_sq=numpy(state["exp_avg_sq"]) if state else zeros.copy(),
                 step=int(state.get("step", 0)),
                 global_exp_avg_sq=None if s is None or given.get("scope") != "tensor" else float(s),
-                param=_numpy(value) if values and value is not None else None,
-                compensation=_numpy(state[shared.COMPENSATION]) if shared.COMPENSATION in state else None,
+                param=numpy(value) if values and value is not None else None,
+                compensation=numpy(state[shared.COMPENSATION]) if shared.COMPENSATION in state else None,
             )
             if np.iscomplexobj(entries[name].exp_avg):
                 entries[name] = _in_one(entries[name])
@@ -303,8 +303,10 @@ def _dtypes(p: Tensor, ours: bool, group: dict[str, Any]) -> dict[str, str]:
     return {slot: str(dtype).removeprefix("torch.") for slot, dtype in names.items()}
 
 
-def _numpy(tensor: Tensor) -> Any:
-    return np.array(tensor.detach().to("cpu", compute_dtype(tensor.dtype)).numpy())
+def numpy(tensor: Tensor) -> Any:
+    """A copy, at least float32 if it is not of integers."""
+    counts = not (tensor.is_floating_point() or tensor.is_complex())
+    return np.array(tensor.detach().to("cpu", tensor.dtype if counts else compute_dtype(tensor.dtype)).numpy())
 
 
 def tensor(array: Any) -> Tensor:
