@@ -38,25 +38,32 @@ class Sketcher:
         dtype = _sum_dtype(device)
         own = [None if x is None else local(x, p).detach() for x, p in zip(tensors, self._params, strict=True)]
         present = [x for x in own if x is not None]
-        norms = iter(squares(present, dtype).unbind())
-        zero = torch.zeros(1 + SUMS, dtype=dtype, device=device)
-        found = []
+        norms = iter(squares(present, dtype).to(device)[:, None].unbind())
+        zero = torch.zeros(1, dtype=dtype, device=device)
+        groups: dict[int, list[int]] = {}  # tensors of one shape, whose small sums are taken together
+        for i, (x, pair) in enumerate(zip(own, self._signs, strict=True)):
+            if x is not None:
+                groups.setdefault(id(pair), []).append(i)
+        sums: dict[int, Tensor] = {}
         with _full_precision(device):
-            for x, (rows, columns) in zip(own, self._signs, strict=True):
-                if x is None:
-                    found.append(zero)
-                    continue
-                sums = (_partial(x, rows, columns) * columns).sum(1)
-                found.append(torch.cat([next(norms).reshape(1).to(device), sums.to(device, dtype)]))
-        whole = all_reduced_sum(torch.stack(found), self._params, each=True) if found else zero[None][:0]
+            for members in groups.values():
+                rows, columns = self._signs[members[0]]
+                partial = torch.stack([_partial(x, rows, columns) for i in members if (x := own[i]) is not None])
+                whole_sums = (partial.to(columns.dtype) * columns).sum(2).to(device, dtype)
+                sums.update(zip(members, whole_sums.unbind(), strict=True))
+        none = zero.expand(SUMS)
+        found = [
+            torch.cat([zero, none]) if i not in sums else torch.cat([next(norms), sums[i]]) for i in range(len(own))
+        ]
+        whole = all_reduced_sum(torch.stack(found), self._params, each=True) if found else zero.expand(0, 1 + SUMS)
         return torch.cat([whole[:, :1].sqrt(), whole[:, 1:]], 1)
 
 
 def _partial(x: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
-    """The signed sums along the leading axes, (SUMS, columns); in blocks, each summed in the tensor's precision."""
+    """The signed sums along the leading axes, (SUMS, columns); of long ones in blocks, whose sums are wider."""
     matrix = x.reshape(rows.shape[1], columns.shape[1]).to(rows.dtype)
     if len(matrix) <= _BLOCK:
-        return (rows @ matrix).to(columns.dtype)
+        return rows @ matrix
     total = torch.zeros(columns.shape, dtype=columns.dtype, device=columns.device)
     for begin in range(0, len(matrix), _BLOCK):
         total += rows[:, begin : begin + _BLOCK] @ matrix[begin : begin + _BLOCK]
