@@ -1,7 +1,6 @@
 """Published architectures in mid-run from framework to framework: ViT, GPT, LSTM and ResNet go on as if they stayed."""
 
 import importlib
-import os
 from functools import cache
 from itertools import permutations
 from pathlib import Path
@@ -9,7 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from handoff_models import precision
+from handoff_models import EXACT, precision
 from handoff_support import FRAMEWORKS, LR, marked
 from models.data import NAMES, batches
 
@@ -20,7 +19,6 @@ STEPS = 3  # before the hand-over, and after it
 MODULES = {"torch": "models.on_torch", "jax": "models.on_nnx", "keras": "models.on_keras"}
 # Of numbers of about 1, of which a step moves some by 2^-7; in float32 every framework sums in an order of its own.
 BOUNDS = {"float64": 1e-9, "float32": 1e-5}
-IN_FLOAT32 = os.environ["KERAS_BACKEND"] == "torch"  # where Keras 3.15 takes products of float64 in float32
 OPTIONS: dict[str, dict[str, Any]] = {"gpt": {"groups": [NO_DECAY]}}
 
 
@@ -114,7 +112,7 @@ CASES = [
 @pytest.mark.parametrize(("kind", "first", "second", "dtype"), CASES)
 def test_every_pair(kind: str, first: str, second: str, dtype: str, tmp_path: Path) -> None:
     found = handed_over(kind, first, second, dtype, tmp_path / "run.safetensors")
-    assert max(found) < BOUNDS["float32" if IN_FLOAT32 and "keras" in (first, second) else dtype], found
+    assert max(found) < BOUNDS[dtype if EXACT or "keras" not in (first, second) else "float32"], found
 
 
 @pytest.mark.slow
