@@ -6,6 +6,7 @@ import equinox as eqx
 import jax
 import optax
 
+from ada2ms.core import NO_DECAY
 from ada2ms.demo.digits import load
 from ada2ms.jax import ada2ms
 
@@ -22,7 +23,7 @@ def main() -> None:
 
     data = load()
     model = eqx.nn.MLP(64, 10, width_size=64, depth=1, activation=jax.nn.silu, key=jax.random.key(0))
-    optimizer = optax.chain(optax.clip_by_global_norm(1.0), ada2ms(2e-3))
+    optimizer = ada2ms(2e-3, max_norm=1.0, groups=[NO_DECAY])
     state = optimizer.init(eqx.filter(model, eqx.is_inexact_array))
 
     @eqx.filter_jit(donate="all-except-first")

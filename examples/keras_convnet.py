@@ -10,7 +10,7 @@ import keras
 from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
 
-from ada2ms.core import Cosine
+from ada2ms.core import NO_DECAY, Cosine
 from ada2ms.keras import Ada2MS, Ada2MSLogger
 
 EPOCHS, BATCH = 8, 32
@@ -33,8 +33,8 @@ def main() -> None:
         ]
     )
     # From AdamW to momentum SGD in the course of the training. Biases are not decayed.
-    optimizer = Ada2MS(learning_rate=2e-3, adaptivity=Cosine(1.0, 0.0, steps=EPOCHS * len(x) // BATCH))
-    optimizer.exclude_from_weight_decay(var_names=["bias"])
+    adaptivity = Cosine(1.0, 0.0, steps=EPOCHS * len(x) // BATCH)
+    optimizer = Ada2MS(learning_rate=2e-3, adaptivity=adaptivity, groups=[NO_DECAY])
     loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
     model.compile(optimizer=optimizer, loss=loss, metrics=["accuracy"])
     history = model.fit(x, y, batch_size=BATCH, epochs=EPOCHS, verbose=0, callbacks=[Ada2MSLogger()]).history

@@ -12,9 +12,9 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from ada2ms.core import Linear
+from ada2ms.core import NO_DECAY, Linear
 from ada2ms.demo.digits import load
-from ada2ms.torch import Ada2MS
+from ada2ms.torch import Ada2MS, param_groups
 
 
 class Classifier(lightning.LightningModule):
@@ -28,7 +28,8 @@ class Classifier(lightning.LightningModule):
         return nn.functional.cross_entropy(self.layers(images), labels)
 
     def configure_optimizers(self):
-        optimizer = Ada2MS(self.parameters(), lr=5e-3, adaptivity=Linear(1.0, 0.5, self.updates))
+        groups = param_groups(self, [NO_DECAY])
+        optimizer = Ada2MS(groups, lr=5e-3, adaptivity=Linear(1.0, 0.5, self.updates))
         schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, self.updates)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 

@@ -13,7 +13,6 @@ from ada2ms.core.spec import BFLOAT16, rounded, widen
 from support import (
     Array,
     Snapshot,
-    can_replay,
     dtypes,
     factors,
     hyperparameters,
@@ -244,7 +243,7 @@ def _program_of(case: golden.Case) -> tuple[str, ...]:
 
 
 def _compiled(case: golden.Case) -> bool:
-    return factors(case) is not None and can_replay("jax", case)
+    return factors(case) is not None
 
 
 def _jax_arguments(case: golden.Case) -> dict[str, Any]:

@@ -25,16 +25,6 @@ needs_compiler = pytest.mark.skipif(
 )
 
 
-# What a backend does not have yet, by the names of its arguments here; to be empty.
-NOT_YET: set[tuple[str, str]] = set()
-
-
-def skip_what_is_not_there_yet(framework: str, addition: str) -> None:
-    """Skips a test of an addition to the rule that a backend does not have yet."""
-    if (framework, addition) in NOT_YET:
-        pytest.skip(f"{framework} has no {addition} yet")
-
-
 def slow(*values: Any) -> list[Any]:
     """More values of a parameter, for `python dev.py slow`: what they cost there, they seldom find."""
     return [pytest.param(value, marks=pytest.mark.slow) for value in values]
@@ -54,17 +44,6 @@ class Snapshot:
     k: list[int]
     skipped: int
     compensation: list[Array | None] = field(default_factory=list)  # as `params`; may be left out where all are None
-
-
-def additions(case: golden.Case) -> set[str]:
-    """What a case needs beyond the first version of the rule, as `NOT_YET` calls it."""
-    needed = {"max_norm"} if case.max_norm is not None else set()
-    return needed | ({"compensated"} if case.compensated else set()) | (set() if has_one_group(case) else {"groups"})
-
-
-def can_replay(backend: str, case: golden.Case) -> bool:
-    """Whether a backend, such as "torch-foreach", has all that a case needs."""
-    return all((backend.partition("-")[0], addition) not in NOT_YET for addition in additions(case))
 
 
 def precisions(case: golden.Case) -> tuple[str, ...]:

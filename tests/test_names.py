@@ -19,7 +19,6 @@ from ada2ms.core.hyperparameters import (
     NAMES,
     Framework,
 )
-from support import NOT_YET, skip_what_is_not_there_yet
 
 ROWS = (("lr",), ("b1", "b2"), ("eps",), ("weight_decay",), ("adaptivity",), ("scope",), ("nonfinite",))
 ROWS += (("max_norm",), ("compensated",))
@@ -68,9 +67,7 @@ def test_a_backends_arguments_and_defaults(framework: Framework) -> None:
     module = importlib.import_module({"torch": "ada2ms.torch", "keras": "ada2ms.tf", "optax": "ada2ms.jax"}[framework])
     parameters = inspect.signature(module.ada2ms if framework == "optax" else module.Ada2MS).parameters
     defaults = {**vars(DEFAULTS), "scope": DEFAULT_SCOPE, "nonfinite": DEFAULT_NONFINITE}
-    backend = "jax" if framework == "optax" else framework
-    added = {"max_norm": DEFAULT_MAX_NORM, "compensated": DEFAULT_COMPENSATED}
-    defaults |= {name: default for name, default in added.items() if (backend, name) not in NOT_YET}
+    defaults |= {"max_norm": DEFAULT_MAX_NORM, "compensated": DEFAULT_COMPENSATED}
     for name, default in defaults.items():
         argument, indexed, index = NAMES[name][framework].partition("[")
         found = parameters[argument].default
@@ -80,7 +77,6 @@ def test_a_backends_arguments_and_defaults(framework: Framework) -> None:
 @BACKENDS
 @pytest.mark.parametrize("name", NAMES)
 def test_an_error_names_the_backends_argument(framework: Framework, name: str) -> None:
-    skip_what_is_not_there_yet("jax" if framework == "optax" else framework, name)
     argument, indexed, index = NAMES[name][framework].partition("[")
     value: Any = "layer" if name in ("scope", "nonfinite", "compensated") else -1.0
     if indexed:
