@@ -138,6 +138,50 @@ def test_what_is_refused() -> None:
     assert len(param_groups(net, [Group("embed", b1=0.8, b2=0.9)])[1]["betas"]) == 2
 
 
+@pytest.mark.parametrize(
+    ("betas", "message"),
+    [
+        (0.9, r"Invalid betas: 0\.9 \(betas must be a pair"),
+        ((0.9,), r"Invalid betas: \(0\.9,\) \(betas must be a pair"),
+        ("ab", r"Invalid betas: 'ab' \(betas must be a pair"),
+        ((0.9, 2.0), r"Invalid beta parameter at index 1: 2\.0 \(betas\[1\] must be"),
+    ],
+)
+def test_betas_are_those_of_an_optimizer(betas: Any, message: str) -> None:
+    for groups in ([NO_DECAY], [Group("embed", b1=0.8)]):
+        with pytest.raises(ValueError, match=message):
+            param_groups(Net(), groups, betas=betas)
+
+
+def test_a_model_is_a_module_or_parameters_by_name() -> None:
+    """And has shapes: a lazy layer's weight would pass for a vector."""
+    net = Net()
+    for wrong in (net.named_parameters(), list(net.parameters()), None, dict(net.named_modules())):
+        for use in (
+            lambda wrong: param_groups(wrong, [NO_DECAY]),
+            lambda wrong: export_state(wrong, Ada2MS(net.parameters())),
+            lambda wrong: import_state(wrong, Ada2MS(net.parameters()), State({}, [])),
+        ):
+            with pytest.raises(TypeError, match=r"Invalid model: .* \(must be a torch\.nn\.Module, or a mapping"):
+                use(wrong)
+    lazy = nn.Sequential(nn.Linear(2, 3), nn.LazyLinear(4))
+    with pytest.raises(ValueError, match=r"Invalid model: '1\.weight' has no shape yet"):
+        param_groups(lazy, [NO_DECAY])
+    lazy(torch.ones(1, 2))
+    assert names_of(lazy, param_groups(lazy, [NO_DECAY])) == [["0.weight", "1.weight"], ["0.bias", "1.bias"]]
+
+
+def test_one_cycle_takes_a_rate_for_each_group() -> None:
+    """As the docstring says; one rate for all would be every group's."""
+    optimizer = Ada2MS(param_groups(Net(), [Group("embed", lr_scale=0.1)], 0.01))
+    rates = [group["lr"] for group in optimizer.param_groups]
+    scheduler = lr_scheduler.OneCycleLR(optimizer, rates, total_steps=9)
+    for _ in range(5):
+        optimizer.step()
+        scheduler.step()
+        assert optimizer.param_groups[1]["lr"] == pytest.approx(0.1 * optimizer.param_groups[0]["lr"])
+
+
 @pytest.mark.parametrize("case", [case for case in golden.load() if not has_one_group(case)], ids=lambda case: case.id)
 def test_golden_vectors_by_names(case: golden.Case) -> None:
     """Those whose learning rates are in a constant proportion, as groups by name; by what has no name they are replayed

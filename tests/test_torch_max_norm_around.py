@@ -2,12 +2,14 @@
 
 import copy
 import importlib.util
+import io
 import math
 import pickle
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -17,7 +19,7 @@ from torch.utils._pytree import tree_leaves
 from torch_support import assert_same, pair, parameter, random, train
 
 from ada2ms.core import golden
-from ada2ms.torch import Ada2MS
+from ada2ms.torch import Ada2MS, export_state
 from replays import torch_replay
 from support import check, needs_compiler, slow
 
@@ -136,6 +138,22 @@ def test_a_number_of_another_kind(value: Any) -> None:
     reference = Ada2MS([parameter(3)], max_norm=2.0)
     train(reference, range(2))
     assert_same([p], reference.param_groups[0]["params"], 0)
+
+
+@pytest.mark.parametrize("value", [np.float64(2), np.array([2.0]), torch.tensor(2.0, requires_grad=True)], ids=str)
+def test_what_is_kept_is_a_plain_number(value: Any) -> None:
+    """Of the optimizer and of a group, in their state dicts, which torch loads with weights alone, and in a state."""
+    for groups in ([{"params": [parameter(3)]}], [{"params": [parameter(3)], "max_norm": value, "compensated": 1}]):
+        optimizer = Ada2MS(groups, max_norm=value, compensated=True)
+        train(optimizer, range(2))
+        file = io.BytesIO()
+        torch.save(optimizer.state_dict(), file)
+        file.seek(0)
+        group = torch.load(file, weights_only=True)["param_groups"][0]
+        assert (type(group["max_norm"]), group["max_norm"], group["compensated"]) == (float, 2.0, True)
+        optimizer.param_groups[0]["max_norm"] = value
+        state = export_state({"p": groups[0]["params"][0]}, optimizer)
+        assert (type(state.max_norm), state.max_norm, state.compensated) == (float, 2.0, True)
 
 
 def test_it_may_be_changed_in_mid_run() -> None:

@@ -91,6 +91,11 @@ def whole_size(groups: Sequence[dict[str, Any]], given: Given, shard_group: Any)
     return sum(given.sizes)
 
 
+def check_pair(betas: Any) -> None:
+    if not isinstance(betas, (tuple, list)) or len(betas) != 2:
+        raise ValueError(f"Invalid betas: {betas!r} (betas must be a pair of numbers in [0, 1))")
+
+
 def check_group(options: dict[str, Any], optimizer: dict[str, Any]) -> None:
     """Raises unless the hyperparameters of a group are allowed; in the words of torch.optim.AdamW if it has any."""
     if options["fused"] and options["differentiable"]:
@@ -98,8 +103,7 @@ def check_group(options: dict[str, Any], optimizer: dict[str, Any]) -> None:
     if options["fused"] and options["foreach"]:
         raise RuntimeError("`fused` and `foreach` cannot be `True` together.")
     lr, betas, foreach_only = options["lr"], options["betas"], options["foreach"] and not options["capturable"]
-    if not isinstance(betas, (tuple, list)) or len(betas) != 2:
-        raise ValueError(f"Invalid betas: {betas!r} (betas must be a pair of numbers in [0, 1))")
+    check_pair(betas)
     for name, value in (("lr", lr), ("betas[0]", betas[0]), ("betas[1]", betas[1])):
         if isinstance(value, Tensor):
             if foreach_only:

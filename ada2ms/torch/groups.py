@@ -4,9 +4,11 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from ada2ms.core.groups import Group, assign, check_groups
 from ada2ms.core.hyperparameters import check
+from ada2ms.torch.checks import check_pair
 from ada2ms.torch.numbers import number
 
 
@@ -20,11 +22,13 @@ def param_groups(
 
     Args:
         model: the module, whose `named_parameters` are all in one of the groups, frozen ones too, and tied ones under
-            their first name; or its parameters by name.
+            their first name; or its parameters by name. Wrappers put a prefix before each name: "module." of
+            DistributedDataParallel, "_orig_mod." of torch.compile.
         groups: a parameter is in the first that matches it; those that no group matches make the first group that is
             returned, with the optimizer's own hyperparameters.
-        lr: the optimizer's learning rate, which each group then has times its `lr_scale`, so that schedulers keep the
-            proportions; needed if a group has an `lr_scale`.
+        lr: the optimizer's learning rate, which each group then has times its `lr_scale`, so that schedulers that start
+            from a group's own keep the proportions; needed if a group has an `lr_scale`. OneCycleLR and CyclicLR start
+            from none: give them a list with a rate for each group.
         betas: the optimizer's betas; needed if a group has only one of `b1` and `b2`.
 
     Raises:
@@ -42,11 +46,17 @@ def param_groups(
     """
     groups = check_groups(groups)
     named: dict[Tensor, str] = {}
-    for name, p in model.named_parameters() if isinstance(model, nn.Module) else model.items():
+    for name, p in named_parameters(model).items():
+        if is_lazy(p):
+            raise ValueError(f"Invalid model: {name!r} has no shape yet (every lazy layer must have had an input)")
         named.setdefault(p, name)
     found = assign(groups, list(named.values()), [p.ndim for p in named])
     if lr is not None:
         check("lr", number(lr), schedule=False)
+    if betas is not None:
+        check_pair(betas)
+        for field, argument, value in zip(("b1", "b2"), ("betas[0]", "betas[1]"), betas, strict=True):
+            check(field, number(value), argument, schedule=False)
     own: dict[str, Any] = {} if lr is None else {"lr": lr}
     own |= {} if betas is None else {"betas": betas}
     made = []
@@ -55,6 +65,22 @@ def param_groups(
         if params:
             made.append({"params": params, **options})
     return made
+
+
+def named_parameters(model: nn.Module | Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+    """The parameters of a model by name.
+
+    Raises:
+        TypeError: it is neither a module nor tensors by name.
+    """
+    if isinstance(model, nn.Module):
+        return dict(model.named_parameters())
+    if isinstance(model, Mapping) and all(isinstance(x, Tensor) for x in model.values()):
+        return model
+    kind = type(model).__name__  # since its content may be long
+    raise TypeError(
+        f"Invalid model: of type {kind} (must be a torch.nn.Module, or a mapping of its parameters by name)"
+    )
 
 
 def _options(i: int, group: Group, lr: Any, betas: Any) -> dict[str, Any]:

@@ -21,7 +21,6 @@ from ada2ms.core.hyperparameters import (
     DEFAULTS,
     Nonfinite,
     Scope,
-    as_float,
 )
 from ada2ms.core.schedules import AdaptivitySchedule
 from ada2ms.torch import shared
@@ -149,9 +148,7 @@ class Ada2MS(Optimizer):
         # What the last step leaves; torch.compile (of torch 2.13) loses attributes that a step sets, but no items.
         self._last: dict[str, Tensor | None] = {"square_sum": None}
         check_group(defaults, defaults)
-        defaults["max_norm"] = None if max_norm is None else as_float(max_norm)
-        defaults["compensated"] = bool(compensated)
-        super().__init__(params, defaults)
+        super().__init__(params, shared.plain_choices(defaults))
         if fused:
             self._step_supports_amp_scaling = True  # GradScaler then leaves the scaling to step
 
@@ -163,6 +160,7 @@ class Ada2MS(Optimizer):
             ours = {name: shared.choice(optimizer, name) for name in CHOICES}  # which may have been loaded, or changed
             param_group = {**ours, **param_group}
             check_group({**self.defaults, **param_group}, ours)
+            param_group = shared.plain_choices(param_group)
         super().add_param_group(param_group)
         shared.leave_out_defaults(self.param_groups[-1])
         params = self.param_groups[-1]["params"]

@@ -19,9 +19,10 @@ from ada2ms.core.hyperparameters import (
     DEFAULT_MAX_NORM,
     DEFAULT_NONFINITE,
     DEFAULT_SCOPE,
+    as_float,
     check,
 )
-from ada2ms.torch.numbers import compensation_dtype, compute_dtype, count_dtype, counts_on_device
+from ada2ms.torch.numbers import compensation_dtype, compute_dtype, count_dtype, counts_on_device, number
 
 S, K, SKIPPED = SHARED = ("global_exp_avg_sq", "global_step", "skipped")
 COMPENSATION = "compensation"
@@ -122,6 +123,16 @@ def check_alike(groups: Groups) -> None:
 def choice(group: dict[str, Any], name: str) -> Any:
     """What a group has of one of `CHOICES`."""
     return group.get(name, CHOICES[name])
+
+
+def plain_choices(options: dict[str, Any]) -> dict[str, Any]:
+    """Options, of which `max_norm` is a Python number and `compensated` a bool; they may be tensors, or NumPy's."""
+    options = dict(options)
+    if options.get("max_norm") is not None:
+        options["max_norm"] = as_float(number(options["max_norm"]))
+    if "compensated" in options:
+        options["compensated"] = bool(options["compensated"])
+    return options
 
 
 def leave_out_defaults(group: dict[str, Any]) -> None:

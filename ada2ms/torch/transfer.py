@@ -30,6 +30,7 @@ from ada2ms.core.state import (
 )
 from ada2ms.core.state import arguments as portable_arguments
 from ada2ms.torch import shared
+from ada2ms.torch.groups import named_parameters
 from ada2ms.torch.loading import without_stale
 from ada2ms.torch.numbers import compensation_dtype, compute_dtype
 from ada2ms.torch.optimizer import Ada2MS
@@ -68,7 +69,7 @@ def export_state(
     Raises:
         StateError: listing everything that cannot be exported.
     """
-    named = _named(model)
+    named = named_parameters(model)
     called = _names(named, optimizer)
     own = [[called[p] for p in group["params"]] for group in optimizer.param_groups]
     state = from_state_dict(optimizer.state_dict(), own, named, names=names, axes=axes, values=values)
@@ -138,7 +139,7 @@ def from_state_dict(
     for group in groups:
         group.params = in_state(renamed, group.params)
     first = state_dict["param_groups"][0] if state_dict["param_groups"] else {}
-    choices = {name: first[name] for name in shared.CHOICES if name in first}
+    choices = shared.plain_choices({name: first[name] for name in shared.CHOICES if name in first})
     exported = State(entries, groups, **choices, skipped=skipped)
     return exported.with_global(exported.scope) if "scope" in first else exported  # for groups that have not started
 
@@ -176,7 +177,7 @@ def import_state(
     Raises:
         StateError: listing everything that is missing, superfluous, or of a wrong shape or type; nothing has changed.
     """
-    named = _named(model)
+    named = named_parameters(model)
     called = _names(named, optimizer)
     ours = isinstance(optimizer, Ada2MS)
     beside = _beside(model, named, called)
@@ -269,10 +270,6 @@ def _in_one(entry: Entry) -> Entry:
     if entry.param is None or entry.compensation is None:
         return replace(entry, compensation=None)
     return replace(entry, param=entry.param + entry.compensation, compensation=None)
-
-
-def _named(model: Model) -> Mapping[str, Tensor]:
-    return dict(model.named_parameters()) if isinstance(model, nn.Module) else model
 
 
 def _names(named: Mapping[str, Tensor], optimizer: torch.optim.Optimizer) -> dict[Tensor, str]:
