@@ -36,6 +36,8 @@ def test_the_power_is_within_its_bound(h: float) -> None:
 def test_pieces_are_of_the_rule(adaptivity: float, monkeypatch: pytest.MonkeyPatch) -> None:
     """Of pieces that do not fill the tensor; of tensors that are smaller, empty, or not contiguous."""
     monkeypatch.setattr(single, "_PIECE", 7)
+    monkeypatch.setattr(single, "_BLOCK", 1)
+    assert [x.numel() for x in single._split(torch.zeros(22))] == [6, 6, 6, 4]
     params = [nn.Parameter(randn(shape, 0)) for shape in [(5, 6), (7,), (), (0, 3), (22,)]]
     params.append(nn.Parameter(randn((8, 4), 1).t()))
     arrays = [p.detach().numpy().copy() for p in params]
@@ -68,9 +70,25 @@ def test_a_large_tensor(dtype: torch.dtype) -> None:
     assert np.all(np.abs(p.detach().double().numpy() - array) <= bound)
 
 
+@pytest.mark.parametrize("rest", [1, 100, 4095, 4097])
+def test_a_rest_is_rounded_as_the_tensor(rest: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Bit for bit as without pieces, as in another layout, which has none."""
+    found = []
+    for piece in (8192, 1 << 19):
+        monkeypatch.setattr(single, "_PIECE", piece)
+        p = nn.Parameter(randn(2 * 8192 + rest, 0).float())
+        optimizer = Ada2MS([p], lr=0.1, adaptivity=0.9)
+        for step in range(3):
+            p.grad = randn(p.shape, step).float() * 10.0 ** (step - 2)
+            optimizer.step()
+        found.append(p.detach())
+    assert torch.equal(*found)
+
+
 def test_pieces_have_their_part_of_the_compensation(monkeypatch: pytest.MonkeyPatch) -> None:
     """Bit for bit as without pieces, which tests/test_torch_compensated.py compares with the rule."""
     found = []
+    monkeypatch.setattr(single, "_BLOCK", 1)
     for piece in (7, 1000):
         monkeypatch.setattr(single, "_PIECE", piece)
         p = nn.Parameter(randn(30, 0).bfloat16())

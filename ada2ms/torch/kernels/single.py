@@ -11,7 +11,8 @@ from ada2ms.torch.kernels import Compensations, Options, Scalar, like, of_each, 
 from ada2ms.torch.kernels.compensation import write
 from ada2ms.torch.kernels.power import by_roots_and_logarithm, power_by_roots_and_logarithm
 
-_PIECE = 1 << 19  # entries
+_PIECE = 1 << 19  # entries at most
+_BLOCK = 64  # entries that torch's loops take at once, at most; what is left of them may be rounded otherwise
 
 
 def update(
@@ -72,12 +73,18 @@ def _pieces(tensors: _Tensors, options: Options) -> Iterable[_Tensors]:
         return [tensors]
     if not all(x is None or x.is_contiguous() for x in tensors):
         return [tensors]
-    last = [None] * -(-p.numel() // _PIECE) if compensation is None else _split(compensation)
-    return zip(_split(p), _split(g), _split(m), _split(v), last, strict=True)
+    parts = _split(p)
+    last = [None] * len(parts) if compensation is None else _split(compensation)
+    return zip(parts, _split(g), _split(m), _split(v), last, strict=True)
 
 
 def _split(tensor: Tensor) -> Sequence[Tensor]:
-    return torch.split(tensor.view(-1), _PIECE)
+    """Pieces of about one size, of whole blocks: a small rest would have the power of small tensors, which rounds
+    otherwise.
+    """
+    blocks = -(-tensor.numel() // _BLOCK)
+    pieces = -(-tensor.numel() // _PIECE)
+    return torch.split(tensor.view(-1), -(-blocks // pieces) * _BLOCK)
 
 
 def _update_moments(g: Tensor, m: Tensor, v: Tensor, options: Options) -> None:
