@@ -334,6 +334,18 @@ def test_nothing_is_there_when_it_is_off() -> None:
     assert_equal(pickle.loads(pickle.dumps(on)), on)
 
 
+@pytest.mark.parametrize("wrap", [lambda optimizer: optimizer, optax.flatten])
+def test_one_wide_leaf_by_itself(wrap: Any) -> None:
+    """Of which the whole compensation is None; `optax.flatten` makes such a leaf of any parameters."""
+    gradients = [jnp.array([0.5, -1.0]), jnp.array([0.25, 2.0])]
+    found, state = train(wrap(ada2ms(0.1, compensated=True)), jnp.ones(2), gradients)
+    expected, _ = train(ada2ms(0.1), jnp.ones(2), gradients)
+    assert_equal(found, expected)
+    assert isinstance(state, CompensatedAda2MSState)
+    if wrap is not optax.flatten:
+        assert export_state(found, state).compensated
+
+
 def test_errors() -> None:
     params = narrow(tree(0, np.float32, SHAPES))
     off, on = ada2ms(weight_decay=0.0), ada2ms(weight_decay=0.0, compensated=True)

@@ -217,3 +217,12 @@ def test_bad_arguments(value: Any, message: str) -> None:
     for make in (ada2ms, scale_by_ada2ms):
         with pytest.raises((TypeError, ValueError), match=rf"^Invalid max_norm: .*{message}"):
             make(max_norm=value)
+
+
+@pytest.mark.parametrize("name", ["learning_rate", "b1", "b2", "eps", "weight_decay", "adaptivity", "max_norm"])
+def test_an_array_of_one_number_is_that_number(name: str) -> None:
+    """Which `float` takes as well; its shape would go over to updates and state."""
+    options = {"learning_rate": 0.1, name: 0.25}
+    expected = train(ada2ms(**options), tree(0), [tree(1), tree(2)])
+    found = train(ada2ms(**{**options, name: jnp.array([0.25])}), tree(0), [tree(1), tree(2)])
+    assert_close(found, expected, 4 * EPSILON, 4 * EPSILON)

@@ -42,6 +42,28 @@ def test_weak_types_do_not_reach_the_state() -> None:
     assert not any(jax.typeof(x).weak_type for x in jax.tree.leaves(after))
 
 
+@pytest.mark.parametrize("leaf", [lambda: jnp.array(0.1), lambda: 0.1, lambda: jnp.array(0.1 + 0.2j)])
+def test_weakly_typed_leaves_are_computed_in_their_own_precision(leaf: Any) -> None:
+    """As by optax.adamw: what `jnp.array(0.1)` gives is as wide as any other array of float64."""
+    with jax.enable_x64(True):
+        params: Any = {"a": leaf()}
+        gradients = [{"a": jnp.asarray(x, jnp.result_type(params["a"]))} for x in (0.3, -0.7, 0.2)]
+        found, state = train(ada2ms(0.1, adaptivity=1.0, weight_decay=0.1), params, gradients)
+        expected, (adam, *_) = train(optax.adamw(0.1, weight_decay=0.1), {"a": jnp.asarray(params["a"])}, gradients)
+        assert state.mu["a"].dtype == adam.mu["a"].dtype
+        assert state.s.dtype == jnp.float64
+        np.testing.assert_allclose(found["a"], expected["a"], rtol=1e-14)
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_weakly_typed_gradients_widen_nothing(dtype: Any) -> None:
+    with jax.enable_x64(True):
+        params = {"a": jnp.ones([], dtype)}
+        optimizer = ada2ms(0.1)
+        updates, state = optimizer.update({"a": jnp.array(0.1)}, optimizer.init(params), params)
+        assert (updates["a"].dtype, state.mu["a"].dtype, state.s.dtype) == (dtype, jnp.float32, jnp.float32)
+
+
 def test_donation_right_after_init() -> None:
     optimizer = ada2ms(0.1)
 

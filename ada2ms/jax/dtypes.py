@@ -8,7 +8,8 @@ import jax.numpy as jnp
 
 def compute_dtype(*arrays: Any) -> Any:
     """The type that arrays are computed in together: at least float32, complex if one of them is."""
-    return _common(jnp.float32, *arrays)
+    # Alone first, since float32 beside a weakly typed float64, such as `jnp.array(0.1)`, would make float32 of it.
+    return _common(jnp.float32, _common(*arrays))
 
 
 def real_dtype(*arrays: Any) -> Any:

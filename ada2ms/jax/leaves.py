@@ -11,7 +11,7 @@ from ada2ms.jax.dtypes import as_array, compute_dtype
 from ada2ms.jax.masks import decaying_leaves
 from ada2ms.jax.names import names_of_leaves
 from ada2ms.jax.options import Options, group_of_each
-from ada2ms.jax.state import AnyState, check_state
+from ada2ms.jax.state import AnyState, CompensatedAda2MSState, check_state
 
 
 class Leaves(NamedTuple):
@@ -61,7 +61,7 @@ def prepare(options: Options, updates: optax.Updates, state: AnyState, params: o
         compensation=of(state.compensation),
         decays=[False] * len(positions),
         groups=(0,) * len(positions),
-        is_compensated=state.compensation is not None,
+        is_compensated=isinstance(state, CompensatedAda2MSState),  # also of one leaf that has none
     )
     check_state(options, state, len(positions))
     _check_moments(state, leaves)

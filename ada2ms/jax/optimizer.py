@@ -256,6 +256,8 @@ def _checked(field: str, value: Any, argument: str | None = None, *, schedule: b
     if hasattr(value, "dtype") and jnp.iscomplexobj(value):
         real = isinstance(value, jax.core.Tracer) or np.all(np.imag(value) == 0)
         value = value.real if real else value
+    if isinstance(value, jax.Array) and value.ndim and value.size == 1:
+        value = value.reshape(())
     if not isinstance(value, jax.core.Tracer):
         check(field, jax.device_get(value) if isinstance(value, jax.Array) else value, argument, schedule=schedule)
     return value if value is None or callable(value) or isinstance(value, jax.Array) else as_float(value)

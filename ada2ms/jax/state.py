@@ -93,7 +93,7 @@ def check_state(options: Options, state: AnyState, leaf_count: int) -> None:
 
     An array of another shape would be broadcast silently.
     """
-    if options.compensated is not (state.compensation is not None):
+    if options.compensated is not isinstance(state, CompensatedAda2MSState):
         raise ValueError(
             f"Invalid state: {type(state).__name__} (must be made with compensated={options.compensated}; "
             "import_state makes one of the other)"
