@@ -88,6 +88,17 @@ def test_into_the_same_type(dtype: str) -> None:
             assert found.param.tobytes() == state.parameters["w"].param.tobytes()  # type: ignore[union-attr]
 
 
+@pytest.mark.parametrize(("dtype", "unit"), [("bfloat16", 2.0**-7), ("float16", 2.0**-10)])
+def test_what_is_left_may_be_half_a_unit(dtype: str, unit: float) -> None:
+    """As it is after a step that rounded what was left: the model keeps its value, although an even one is as near."""
+    numbers = [(1 + unit, unit / 2), (1 + unit, -unit / 2), (1, unit / 2), (np.inf, 0), (-1 - unit, -unit / 2)]
+    param, rest = np.array([*numbers, (1, unit)], np.float32).T.copy()
+    state = State({"w": replace(entry((6,)), param=param, compensation=rest)}, [Group(["w"], {})], compensated=True)
+    found = fit(state, {"w": target((6,), param=dtype, compensation=dtype)}).entries["w"]
+    np.testing.assert_array_equal(found.param, [*param[:-1], 1 + unit])  # the last is nearer than what was there
+    np.testing.assert_array_equal(found.compensation, [*rest[:-1], 0])
+
+
 @pytest.mark.parametrize("dtype", TYPES)
 @pytest.mark.parametrize("wide", ["float32", "float64"])
 def test_into_a_wider_type_goes_the_sum(dtype: str, wide: str) -> None:

@@ -33,9 +33,24 @@ def fitted_value(entry: Entry, dtypes: Mapping[str, str]) -> tuple[Entry, bool]:
     value = whole(entry)
     param = widen(rounded(value, dtype))
     rest = widen(rounded(lost(value, param), dtype))
+    if entry.compensation is not None:
+        keeps = _divides(entry.param, entry.compensation, value, param, dtype)
+        param, rest = np.where(keeps, entry.param, param), np.where(keeps, entry.compensation, rest)
     if _equal(param, entry.param) and entry.compensation is not None and _equal(rest, entry.compensation):
         return entry, True  # with the signs of its zeros
     return replace(entry, param=param, compensation=rest), _equal(param.astype(np.float64) + rest, value)
+
+
+def _divides(given: Array, left: Array, value: Array, nearest: Array, dtype: np.dtype[Any]) -> Any:
+    """Where numbers of this type are no less near the value than the nearest, and hold it with what is left of it.
+
+    What rounding left of a value may have been rounded to half a unit itself: then another number is as near, and the
+    model's would change.
+    """
+    fits = (widen(rounded(given, dtype)) == given) & (widen(rounded(left, dtype)) == left)
+    with np.errstate(invalid="ignore"):  # of infinities
+        exact = value.astype(np.float64)
+        return fits & (np.abs(exact - given) <= np.abs(exact - nearest))
 
 
 def whole(entry: Entry) -> Any:
