@@ -139,6 +139,23 @@ def test_special_values_of_v(adaptivity: float, dtype: torch.dtype) -> None:
 
 
 @needs_compiler
+@pytest.mark.parametrize("adaptivity", [0.0, 0.5, 1.0, core.Linear(1, 0, 2), core.Linear(0, 1, 2)], ids=str)
+@pytest.mark.parametrize("capturable", [False, True])
+def test_an_adaptivity_in_a_tensor(adaptivity: Any, capturable: bool) -> None:
+    """Which with `capturable` is one for the host, too; 0, 1/2 and 1 are computed otherwise than other numbers."""
+    p = nn.Parameter(randn(70, 0))
+    array = p.detach().numpy().copy()
+    given = adaptivity if callable(adaptivity) else torch.tensor(adaptivity, dtype=torch.float64)
+    optimizer = Ada2MS([p], lr=0.1, adaptivity=given, capturable=capturable, fused=True)
+    rule = core.Ada2MS([array], lr=0.1, adaptivity=adaptivity)
+    for step in range(4):
+        p.grad = randn(70, 1 + step)
+        rule.step([p.grad.numpy()])
+        optimizer.step()
+    np.testing.assert_allclose(p.detach().numpy(), array, rtol=0, atol=1e-13 * np.abs(array).max())
+
+
+@needs_compiler
 @pytest.mark.parametrize("adaptivity", [0.0, 0.3, 0.5, 1.0])
 def test_many_tensors(adaptivity: float) -> None:
     """A thousand, of all sizes, with counts that differ since gradients are missing, on two threads."""

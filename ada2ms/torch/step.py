@@ -22,7 +22,7 @@ from ada2ms.torch.clip import clip_factor, square_sum
 from ada2ms.torch.coefficients import bias_correction, coefficients
 from ada2ms.torch.kernels import Options, Scalar, at, group_indices
 from ada2ms.torch.kernels.choose import Kernel, choose, is_single
-from ada2ms.torch.numbers import known_to_host
+from ada2ms.torch.numbers import known_to_host, number
 from ada2ms.torch.reduce import (
     all_reduced_sum,
     all_reduced_sum_over,
@@ -311,6 +311,8 @@ def update(
 ) -> None:
     """Coefficients and kernel for the tensors of a group, those of one device and dtype together."""
     group, kernel, (params, exp_avgs, exp_avg_sqs, compensations) = lists.group, lists.kernel, lists.views
+    # The fused kernel on CPUs reads it anyway; at 0 it wants step sizes that are divided by d.
+    adaptivity = number(hyper.adaptivity) if kernel.counts is not None else hyper.adaptivity
     decays = isinstance(hyper.weight_decay, Tensor) or hyper.weight_decay != 0
     options = Options(
         hyper.beta1,
@@ -318,7 +320,7 @@ def update(
         hyper.weight1,
         hyper.weight2,
         1 - hyper.lr * hyper.weight_decay if decays else None,
-        hyper.adaptivity,
+        adaptivity,
         group["maximize"],
         group["differentiable"],
         factor,
@@ -339,7 +341,7 @@ def update(
             hyper.lr,
             (hyper.beta1, hyper.beta2),
             group["eps"],
-            hyper.adaptivity,
+            adaptivity,
             counts if whole else [counts[i] for i in indices],
             s_hats if len(s_hats) == 1 else at(list(s_hats), indices),
             moment.device,
