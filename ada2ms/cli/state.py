@@ -1,9 +1,11 @@
 """`ada2ms state`: looks into, compares and converts optimizer states without their models.
 
 Besides states, it reads the checkpoints that say what is in them: those of torch, whose state dicts name things or can
-be given names, and those of `model.save` of Keras, which describe the model (of plain layers). It does not read those
-of `save_weights` of Keras, which number the optimizer's variables, nor what users of Optax save, which is a tree of
-their own: for these, load them as usual and call `export_state`.
+be given names; those of `model.save` of Keras, which describe the model (of plain layers); and those of flax
+(`flax.serialization.to_bytes`, in a file *.msgpack) and Orbax (a folder), if there is one state of Ada2MS or Adam
+somewhere in their tree. These have no hyperparameters, and names and layouts are those of the tree. It does not read
+those of `save_weights` of Keras, which number the optimizer's variables, nor those of Orbax in which leaves have counts
+or s that differ, since their order is not kept: for these, load them as usual and call `export_state`.
 """
 
 import argparse
@@ -17,7 +19,14 @@ import numpy as np
 
 from ada2ms.core.state import Array, State, StateError
 
-_KINDS = {".safetensors": "state", ".pt": "torch", ".pth": "torch", ".keras": "keras"}
+_KINDS = {
+    ".safetensors": "state",
+    ".pt": "torch",
+    ".pth": "torch",
+    ".keras": "keras",
+    ".msgpack": "JAX",
+}  # and a folder is JAX', of Orbax
+_CONVERSIONS = (("torch", "state"), ("keras", "state"), ("JAX", "state"), ("state", "torch"), ("keras", "torch"))
 
 
 def add(commands: Any) -> None:
@@ -29,7 +38,7 @@ def add(commands: Any) -> None:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     actions = parser.add_subparsers(required=True)
-    files = "a state (.safetensors), or a checkpoint of torch (.pt, .pth) or Keras (.keras)"
+    files = "a state (.safetensors), or a checkpoint of torch (.pt, .pth), Keras (.keras), flax (.msgpack) or Orbax"
 
     command = actions.add_parser("show", help="what a file holds")
     command.set_defaults(run=_reported(show))
@@ -40,7 +49,9 @@ def add(commands: Any) -> None:
     command.add_argument("file", type=Path, help=files)
     command.add_argument("other", type=Path, help=files)
 
-    command = actions.add_parser("convert", help="from torch or Keras to a state, or from a state to torch")
+    command = actions.add_parser(
+        "convert", help="from torch, Keras or JAX to a state, or from a state or Keras to torch"
+    )
     command.set_defaults(run=_reported(convert))
     command.add_argument("file", type=Path, help=files)
     command.add_argument("to", type=Path, help="a state (.safetensors), or a checkpoint of torch (.pt, .pth)")
@@ -71,6 +82,7 @@ def show(arguments: argparse.Namespace) -> int:
         print(f"{name:{width}}  {entry.exp_avg.shape!s:16}  {entry.exp_avg.dtype}  step {entry.step}  {norms}")
     for name, array in state.extras.items():
         print(f"extra {name}  {array.shape}  {array.dtype}  |.| {np.linalg.norm(_wide(array).ravel()):.3e}")
+    _print_notes(state)
     return 0
 
 
@@ -130,8 +142,9 @@ def _wide(array: Array) -> Array:
 def convert(arguments: argparse.Namespace) -> int:
     """Reads one kind of file and writes another."""
     kinds = _kind(arguments.file), _kind(arguments.to)
-    if kinds[0] == kinds[1] or kinds[1] == "keras":
-        problem = f"from {kinds[0]} to {kinds[1]} (must be between a state and torch, or from Keras to either)"
+    if kinds not in _CONVERSIONS:
+        allowed = ", ".join(f"{a} to {b}" for a, b in _CONVERSIONS)
+        problem = f"from {kinds[0]} to {kinds[1]} (must be one of {allowed})"
         raise StateError("Cannot convert", [problem])
     state = _read(arguments.file, arguments.names)
     if kinds[1] == "torch":
@@ -141,7 +154,13 @@ def convert(arguments: argparse.Namespace) -> int:
     else:
         state.save(arguments.to)
     print(f"{arguments.to}: {len(state.parameters)} parameters")
+    _print_notes(state)
     return 0
+
+
+def _print_notes(state: State) -> None:
+    for note in state.notes:
+        print(f"note        {note}")
 
 
 def _reported(command: Any) -> Any:
@@ -166,6 +185,10 @@ def _read(file: Path, names: Path | None) -> State:
         from ada2ms.tf import checkpoint as of_keras
 
         return of_keras.read(file)
+    if kind == "JAX":
+        from ada2ms.jax import checkpoint as of_jax
+
+        return of_jax.read(file)
     from ada2ms.torch import checkpoint
 
     return checkpoint.read(file, _names(names))
@@ -184,8 +207,11 @@ def _names(file: Path | None) -> list[str] | None:
 
 
 def _kind(file: Path) -> str:
+    if file.is_dir():
+        return "JAX"
     if file.suffix not in _KINDS:
-        raise StateError(f"Cannot tell what {str(file)!r} is", [f"its suffix must be one of {', '.join(_KINDS)}"])
+        problem = f"its suffix must be one of {', '.join(_KINDS)}, or it must be a folder of Orbax"
+        raise StateError(f"Cannot tell what {str(file)!r} is", [problem])
     return _KINDS[file.suffix]
 
 
