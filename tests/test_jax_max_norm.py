@@ -140,6 +140,10 @@ def test_a_sum_that_overflows() -> None:
     after, state = train(ada2ms(0.1, max_norm=1.0, nonfinite="skip"), params, [row])
     assert_equal(after, params)
     assert state.skipped == 1
+    expected = train(ada2ms(0.1), params, [row])
+    assert np.all(np.isfinite(expected[0]["a"]))
+    assert_equal(train(ada2ms(0.1, max_norm=np.inf), params, [row]), expected)  # which is no bound
+    assert_equal(train(ada2ms(0.1, max_norm=jnp.array(jnp.inf)), params, [row]), expected)
 
 
 # Under transformations

@@ -169,6 +169,8 @@ def test_a_bad_value_is_named(value: Any, error: type[Exception]) -> None:
 def test_zero_is_none_as_in_keras() -> None:
     assert_close(moved(ROWS, global_clipnorm=0), moved(ROWS), rtol=0)
     assert_close(moved(ROWS, global_clipnorm=float("inf")), moved(ROWS), **CLOSE)
+    huge = [[np.full_like(g, 1e30) for g in ROWS[0]]]  # whose squares overflow
+    assert_close(moved(huge, global_clipnorm=float("inf")), moved(huge), rtol=0)
 
 
 def test_gradients_alone_are_clipped_as_by_keras() -> None:

@@ -46,6 +46,17 @@ def test_a_max_norm_that_does_not_bind_changes_nothing(scope: str) -> None:
     np.testing.assert_array_less(group.exp_avg[0], train(params, rows, scope=scope).groups[0].exp_avg[0])
 
 
+@SCOPES
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_an_infinite_max_norm_is_none(value: float, scope: str) -> None:
+    """Also where the norm is no number: it is what asks for the norm alone."""
+    params, row = [np.ones(2), np.ones(2)], [np.array([value, 1.0]), np.ones(2)]
+    with np.errstate(invalid="ignore"):
+        found, plain = (results(train(params, [row], scope=scope, max_norm=x)) for x in (math.inf, None))
+    for a, b in zip(found, plain, strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
 @pytest.mark.parametrize(("value", "others"), [(np.nan, np.nan), (np.inf, 0.0)])
 def test_gradients_that_are_not_finite_and_max_norm(value: float, others: float) -> None:
     """The factor is NaN for a NaN and 0 for an infinity, as of a clip before the step."""

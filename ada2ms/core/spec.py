@@ -2,7 +2,7 @@ r"""The rule, in NumPy: the specification that every backend follows. Read this 
 
     g      gradient of the step (negated when maximizing)
     G2     = sum(g*g)                           over every entry that has a gradient in this step
-    c      = min(1, max_norm/sqrt(G2))          1 without max_norm, and where G2 is 0
+    c      = min(1, max_norm/sqrt(G2))          1 without max_norm, where it is infinite, and where G2 is 0
     g     <- c*g
     m     <- b1*m + (1-b1)*g
     v     <- b2*v + (1-b2)*g*g
@@ -218,8 +218,8 @@ def update(
 
 
 def clip_factor(total: float, max_norm: float | None) -> float:
-    """min(1, max_norm/sqrt(total)); 1 without max_norm, and where the total is 0."""
-    if max_norm is None or total == 0:
+    """min(1, max_norm/sqrt(total)); 1 without max_norm, where it is infinite, and where the total is 0."""
+    if max_norm in (None, math.inf) or total == 0:
         return 1.0
     c = max_norm / math.sqrt(total)
     return 1.0 if c > 1 else c  # a NaN stays one

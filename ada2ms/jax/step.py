@@ -69,9 +69,9 @@ def _gate(*, sums: list[jax.Array], dtype: Any, nonfinite: Nonfinite) -> tuple[j
 
 @specialized
 def _clip(*, total: jax.Array, max_norm: list[Any]) -> jax.Array:
-    """The factor of gradients whose sum of squares this is: 1 up to `max_norm`, also where the sum is 0."""
+    """The factor of gradients whose sum of squares this is: 1 up to `max_norm`, of 0, and if there is no bound."""
     limit, norm = cast(max_norm[0], total.dtype), sqrt(total)
-    is_long = ~(norm < limit)  # a NaN, too, which then is the factor
+    is_long = ~(norm < limit) & (limit < jnp.inf)  # a NaN, too, which then is the factor
     return jnp.where(is_long, limit / jnp.where(is_long, norm, 1), 1).astype(total.dtype)
 
 

@@ -5,6 +5,7 @@ All variables that share hyperparameters are a part of the step: coefficients an
 The rule's equations are in `ada2ms.core.spec`, its symbols' names in the table there.
 """
 
+import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
@@ -113,7 +114,7 @@ def _clip(optimizer: "Ada2MS", sums: Sums) -> tuple[Tensor | None, Tensor | None
     norm = ops.sqrt(sums.total)
     if optimizer._gradient_norm is not None:
         optimizer.assign(optimizer._gradient_norm, norm)
-    if max_norm is None:
+    if max_norm in (None, math.inf):
         return None, norm
     quotient = max_norm / norm
     return ops.where(quotient > 1, 1.0, quotient), norm  # 1 where the norm is 0; a NaN stays one

@@ -7,6 +7,7 @@ coefficients  counts, s, and what is computed once for each tensor
 kernel        moments and parameters
 """
 
+import math
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -103,7 +104,9 @@ def step_model(
     if isinstance(step_is_live, Tensor):
         sums, total = mask(groups, sums, step_is_live), torch.where(step_is_live, total, 0.0)
     max_norm = choice(groups[0].group, "max_norm")
-    clip = None if max_norm is None else clip_factor(max_norm, [x.group for x in groups], total, step_is_live)
+    clip = (
+        None if max_norm in (None, math.inf) else clip_factor(max_norm, [x.group for x in groups], total, step_is_live)
+    )
     means = mean_squares(groups, sums, clip, size)
     numbers = [hyperparameters(lists, step_is_live, sums.dtype) for lists in groups]  # of all, before anything changes
     s_hats: dict[int, Scalar] = {}

@@ -109,7 +109,7 @@ def _step(mp: Any, scope: str, groups: list[_Group], rows: list[Any], entries: l
 def _clipped(mp: Any, gradients: list[Any], entries: list[Any], limit: Any) -> tuple[list[Any], list[Any]]:
     """The gradients, and all their entries, as a vector that is at most as long as the limit."""
     length = mp.sqrt(mp.fsum(x**2 for x in entries))
-    if length <= limit:  # not of a NaN
+    if length <= limit or mp.isinf(limit):  # the former not of a NaN
         return gradients, entries
     scaled = [None if g is None else [x * (limit / length) for x in g] for g in gradients]
     return scaled, [x for g in scaled if g is not None for x in g]
