@@ -2,8 +2,11 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
+from collections.abc import Callable
+from dataclasses import replace
 from itertools import permutations
 from pathlib import Path
 from typing import Any
@@ -13,7 +16,9 @@ import pytest
 
 from ada2ms import core
 from ada2ms.cli import adaptivity, main
-from ada2ms.demo import digits, run
+from ada2ms.core import State
+from ada2ms.demo import digits, run, vit
+from ada2ms.demo.vit_on_torch import ModelTrainer
 
 # The demo's networks are trained on every Keras backend by test_trajectories.py; what prints them does not differ.
 ONCE = pytest.mark.keras if os.environ["KERAS_BACKEND"] == "tensorflow" else pytest.mark.slow
@@ -70,6 +75,78 @@ def test_a_nan_is_beyond_every_bound() -> None:
         ]
 
 
+def without_the_convnet(monkeypatch: pytest.MonkeyPatch) -> None:
+    one = run.Run("torch", "PyTorch", [1.0], [[np.ones(2)]], [0.0], 1.0, 0.0, [1])
+    monkeypatch.setattr(run, "train", lambda *_: one)
+
+
+@pytest.mark.keras
+@ONCE
+def test_a_transformer_is_handed_over(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """From torch to JAX in test_handoff.py, and between every two frameworks in test_handoff_published.py."""
+    without_the_convnet(monkeypatch)
+    assert main(["demo", "--steps", "1", "--out", str(tmp_path), "--frameworks", "torch", "tf", "--handoff"]) == 0
+    shown = " ".join(capsys.readouterr().out.split())
+    assert "A Vision Transformer, handed over in mid-run" in shown
+    assert re.search(r"PyTorch \S+ 1-5 \S+ \S+ 0.0e\+00 Keras \S+ on \w+ 6-10 \S+ \S+ \d\.\de-0[67] PyTorch", shown)
+    assert "Beyond the bound" not in shown
+
+
+def lost(slot: str) -> Callable[[State], State]:
+    """A hand-over that does not bring a moment."""
+
+    def change(state: State) -> State:
+        entries = {name: replace(e, **{slot: getattr(e, slot) * 0}) for name, e in state.parameters.items()}
+        return replace(state, parameters=entries)
+
+    return change
+
+
+def exchanged(state: State) -> State:
+    """A hand-over that takes the query for the key, and back."""
+    other = {"query": "key", "key": "query"}
+    names = [re.sub("(query|key)(?=[.]kernel)", lambda found: other[found[0]], name) for name in state.parameters]
+    entries = {name: state.parameters[source] for name, source in zip(state.parameters, names, strict=True)}
+    return replace(state, parameters=entries)
+
+
+def turned(state: State) -> State:
+    """A hand-over that takes heads for features where attention ends."""
+    entries = {
+        name: replace(e, param=e.param.swapaxes(0, 1)) if name.endswith("out.kernel") and e.param is not None else e
+        for name, e in state.parameters.items()
+    }
+    return replace(state, parameters=entries)
+
+
+def without_the_global_moment(state: State) -> State:
+    return replace(state, groups=[replace(group, global_exp_avg_sq=0.0) for group in state.groups])
+
+
+@pytest.mark.parametrize(
+    "fault",
+    [lost("exp_avg"), lost("exp_avg_sq"), without_the_global_moment, exchanged, turned],
+    ids=["exp_avg", "exp_avg_sq", "global_exp_avg_sq", "query and key", "heads and features"],
+)
+def test_a_transformer_that_is_handed_over_wrongly_parts(
+    fault: Callable[[State], State], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Much farther than roundings, from the first step on."""
+    right = ModelTrainer.import_state
+    monkeypatch.setattr(
+        ModelTrainer,
+        "import_state",
+        lambda self, state: right(self, fault(state) if state.groups[0].global_step else state),
+    )
+    segments = vit.hand_over(["torch"], 0, 0.5)
+    (sentence,) = vit.parted(segments)
+    assert sentence.startswith(f"the transformer that was handed over to {segments[1].title} parts")
+    assert "step 6, " in sentence
+    assert segments[1].deviations[0] > 1000 * run.mutual_bound(6)
+
+
 def hide(monkeypatch: pytest.MonkeyPatch, *modules: str) -> None:
     real = run.find_spec
     monkeypatch.setattr(run, "find_spec", lambda name: None if name in modules else real(name))
@@ -103,6 +180,19 @@ def test_without_any_framework(
     shown = " ".join(capsys.readouterr().out.split())
     assert "Keras has no backend (install one of tensorflow, jax, torch)" in shown
     assert shown.count("Not installed:") == 3
+
+
+def test_without_flax_the_transformer_stays_out_of_jax(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(vit, "find_spec", lambda name: None if name == "flax" else run.find_spec(name))
+    assert vit.installed(["torch", "tf", "jax"]) == ["torch", "tf"]
+    without_the_convnet(monkeypatch)
+    assert main(["demo", "--steps", "1", "--out", str(tmp_path), "--frameworks", "jax", "--handoff"]) == 0
+    shown = " ".join(capsys.readouterr().out.split())
+    assert "The same network, weights and batches in every framework" in shown
+    assert "Without the Vision Transformer in jax: flax not installed (pip install flax)" in shown
+    assert "A Vision Transformer" not in shown
 
 
 @pytest.mark.parametrize(

@@ -172,3 +172,10 @@ def test_the_demo_hands_over(tmp_path: Path, capsys: pytest.CaptureFixture[str])
     assert [f["framework"] for f in found["frameworks"]] == ["torch", "jax", "torch->jax->torch"]
     assert len(found["frameworks"][2]["losses"]) == 9
     assert found["parted"] == []
+    transformer = found["transformer"]
+    assert transformer["parted"] == []
+    assert [s["framework"] for s in transformer["segments"]] == ["torch", "jax", "torch"]
+    assert [(s["first"], s["last"]) for s in transformer["segments"]] == [(1, 5), (6, 10), (11, 15)]
+    stayed, *others = [s["deviations"] for s in transformer["segments"]]
+    assert stayed == [0.0] * 5  # no hand-over yet
+    assert all(0 < value <= transformer["bound"] for deviations in others for value in deviations)

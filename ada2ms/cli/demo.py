@@ -33,7 +33,8 @@ def add(commands: Any) -> None:
     command.add_argument(
         "--handoff",
         action="store_true",
-        help="one more run, handed from framework to framework: each goes on from the state of the one before",
+        help="one more run, handed from framework to framework: each goes on from the state of the one before; and "
+        "some steps of a Vision Transformer, handed over likewise (in JAX with flax)",
     )
     command.add_argument("--json", action="store_true", help="print JSON instead of the table")
 
@@ -58,7 +59,7 @@ def run(arguments: argparse.Namespace) -> int:
     if not installed or (arguments.frameworks and lacking):
         return 2
 
-    from ada2ms.demo import report
+    from ada2ms.demo import report, vit
 
     try:
         arguments.out.mkdir(parents=True, exist_ok=True)
@@ -77,17 +78,25 @@ def run(arguments: argparse.Namespace) -> int:
                 )
                 for segments in [*([name] for name in installed), *([[*installed, installed[0]]] * arguments.handoff)]
             ]
+            with_vit = vit.installed(installed) if arguments.handoff else []
+            track = partial(progress.track, description="Vision Transformer")
+            transformer = vit.hand_over(with_vit, arguments.seed, arguments.adaptivity, track) if with_vit else []
     except KeyboardInterrupt:
         print("Stopped", file=sys.stderr)
         return 130
     file = arguments.out / "trajectories.png"
     report.picture(runs, file)
     if arguments.json:
-        print(json.dumps(report.data(runs), indent=1))
+        more = {"transformer": report.data_of_transformer(transformer)} if transformer else {}
+        print(json.dumps(report.data(runs) | more, indent=1))
     else:
         console.print(report.table(runs))
+        if transformer:
+            console.print(report.table_of_transformer(transformer))
+    if arguments.handoff and with_vit != installed:
+        console.print("Without the Vision Transformer in jax: flax not installed (pip install flax)", soft_wrap=True)
     console.print(f"Picture: {file}", markup=False, soft_wrap=True)
-    over = parted(runs)
+    over = parted(runs) + vit.parted(transformer)
     for sentence in over:
         console.print(f"Beyond the bound: {sentence}", markup=False, soft_wrap=True)
     return 1 if over else 0

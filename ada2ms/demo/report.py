@@ -1,5 +1,6 @@
 """Shows what the demo found: a table, a picture, or JSON."""
 
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -7,6 +8,8 @@ import matplotlib
 from rich.table import Table
 
 from ada2ms.demo.run import Run, from_each_other, from_other, mutual_bound, parted, rule_bound
+from ada2ms.demo.vit import Segment
+from ada2ms.demo.vit import parted as parted_transformer
 
 
 def table(runs: list[Run]) -> Table:
@@ -40,8 +43,42 @@ def _from_others(run: Run, runs: list[Run]) -> float:
     return max((max(from_other(run, other)) for other in runs if other is not run), default=0.0)
 
 
+def table_of_transformer(segments: list[Segment]) -> Table:
+    """One row per framework that it went through."""
+    shown = Table(
+        title="A Vision Transformer, handed over in mid-run",
+        caption="loss: on the test images; seconds: with compilation; from the run that stayed: largest deviation of "
+        f"the parameters from those of the run in {segments[0].title} alone, relative to the largest of their tensor; "
+        f"bound {mutual_bound(segments[-1].last):.1e}.",
+        caption_justify="left",
+        box=None,
+        pad_edge=False,
+    )
+    shown.add_column("framework", no_wrap=True)
+    for heading in ("steps", "loss", "seconds", "from the run that stayed"):
+        shown.add_column(heading, justify="right")
+    for segment in segments:
+        shown.add_row(
+            segment.title,
+            f"{segment.first}-{segment.last}",
+            f"{segment.loss:.5f}",
+            f"{segment.seconds:.1f}",
+            f"{max(segment.deviations):.1e}",
+        )
+    return shown
+
+
+def data_of_transformer(segments: list[Segment]) -> dict[str, Any]:
+    """What `table_of_transformer` shows, as plain data, with the deviation after each step."""
+    return {
+        "bound": mutual_bound(segments[-1].last),
+        "parted": parted_transformer(segments),
+        "segments": [asdict(segment) for segment in segments],
+    }
+
+
 def data(runs: list[Run]) -> dict[str, Any]:
-    """The same, and the curves, as plain data."""
+    """What `table` shows, and the curves, as plain data."""
     steps = len(runs[0].losses)
     return {
         "steps": steps,

@@ -105,9 +105,10 @@ def train(
     batches = iter(progress(data.batches(steps, seed)))
     run, state, titles = Run("->".join(segments), "", [], [], [], 0.0, 0.0, []), None, []
     for segment, framework in enumerate(segments):
-        title, trainer, device = _TRAINERS[framework](weights, adaptivity)
+        title, device = ready(framework)
         titles.append(title)
         with device:
+            trainer = _trainer(framework, weights, adaptivity)
             if state is not None:
                 trainer.import_state(state)
             run.starts.append(len(run.losses) + 1)
@@ -167,21 +168,22 @@ def missing(framework: str) -> str | None:
     return None
 
 
-_Made = tuple[str, Trainer, AbstractContextManager[object]]
+_Ready = tuple[str, AbstractContextManager[object]]
 
 
-def _torch(weights: list[Array], adaptivity: Scheduled) -> _Made:
+def ready(framework: str) -> _Ready:
+    """Imports a framework, installed; returns its name and version, for people, and what keeps it on the CPU."""
+    return {"torch": _torch, "tf": _tf, "jax": _jax}[framework]()
+
+
+def _torch() -> _Ready:
     import torch
 
-    from ada2ms.demo.on_torch import TorchTrainer
-    from ada2ms.torch import Ada2MS
-
     torch.set_num_threads(1)  # more threads slow a network this small down on a busy machine
-    trainer = TorchTrainer(weights, lambda params: Ada2MS(params, lr=LEARNING_RATE, adaptivity=adaptivity))
-    return f"PyTorch {torch.__version__}", trainer, torch.device("cpu")
+    return f"PyTorch {torch.__version__}", torch.device("cpu")
 
 
-def _tf(weights: list[Array], adaptivity: Scheduled) -> _Made:
+def _tf() -> _Ready:
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")  # TensorFlow logs at length on import,
     os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")  # and warns that these change the order of its sums
     if "KERAS_BACKEND" not in os.environ and find_spec("tensorflow") is None:
@@ -190,25 +192,29 @@ def _tf(weights: list[Array], adaptivity: Scheduled) -> _Made:
         import triton  # noqa: F401  # for torch; after TensorFlow 2.20 or 2.21 it crashes (tensorflow/tensorflow#124205)
     import keras
 
-    from ada2ms.demo.on_keras import KerasTrainer
-    from ada2ms.tf import Ada2MS
-
     backend = keras.backend.backend()
     device = "cpu:0" if backend == "jax" else "cpu"  # as Keras 3.5 wants it; torch would copy variables to its cpu:0
-    with keras.device(device):
-        trainer = KerasTrainer(weights, Ada2MS(learning_rate=LEARNING_RATE, adaptivity=adaptivity))
-    return f"Keras {keras.__version__} on {backend}", trainer, keras.device(device)
+    return f"Keras {keras.__version__} on {backend}", keras.device(device)
 
 
-def _jax(weights: list[Array], adaptivity: Scheduled) -> _Made:
+def _jax() -> _Ready:
     import jax
 
+    return f"JAX {jax.__version__}", jax.default_device(jax.devices("cpu")[0])
+
+
+def _trainer(framework: str, weights: list[Array], adaptivity: Scheduled) -> Trainer:
+    if framework == "torch":
+        from ada2ms import torch
+        from ada2ms.demo.on_torch import TorchTrainer
+
+        return TorchTrainer(weights, lambda params: torch.Ada2MS(params, lr=LEARNING_RATE, adaptivity=adaptivity))
+    if framework == "tf":
+        from ada2ms import tf
+        from ada2ms.demo.on_keras import KerasTrainer
+
+        return KerasTrainer(weights, tf.Ada2MS(learning_rate=LEARNING_RATE, adaptivity=adaptivity))
+    from ada2ms import jax
     from ada2ms.demo.on_jax import JaxTrainer
-    from ada2ms.jax import ada2ms
 
-    with jax.default_device(jax.devices("cpu")[0]):
-        trainer = JaxTrainer(weights, ada2ms(LEARNING_RATE, adaptivity=adaptivity))
-    return f"JAX {jax.__version__}", trainer, jax.default_device(jax.devices("cpu")[0])
-
-
-_TRAINERS: Final[dict[str, Callable[[list[Array], Scheduled], _Made]]] = {"torch": _torch, "tf": _tf, "jax": _jax}
+    return JaxTrainer(weights, jax.ada2ms(LEARNING_RATE, adaptivity=adaptivity))

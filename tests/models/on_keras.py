@@ -6,63 +6,9 @@ import keras
 from keras import layers, ops
 
 from ada2ms.core import State
-from ada2ms.tf import Ada2MS, arguments, export_state, import_state, plain_layers
+from ada2ms.demo.vit_on_keras import Block, ModelTrainer, ViT, layer_norm
+from ada2ms.tf import arguments, plain_layers
 from models.data import LETTERS, NAMES, TIME
-
-Array = Any
-
-
-def layer_norm() -> layers.Layer:
-    return layers.LayerNormalization(epsilon=1e-5)
-
-
-def gelu(x: Any) -> Any:
-    """In the type of the arrays; that of TensorFlow has the root of 2 in float32."""
-    return 0.5 * x * (1 + ops.erf(x / 2**0.5))
-
-
-class Block(layers.Layer):
-    """A transformer's, which normalises before attention and before two dense layers."""
-
-    def __init__(self, width: int, heads: int) -> None:
-        super().__init__()
-        self.norm1 = layer_norm()
-        self.attention = layers.MultiHeadAttention(heads, width // heads)
-        self.norm2 = layer_norm()
-        self.up = layers.Dense(4 * width, activation=gelu)
-        self.down = layers.Dense(width)
-
-    def build(self, shape: Any) -> None:
-        self.norm1.build(shape)
-        self.attention.build(shape, shape)
-        self.norm2.build(shape)
-        self.up.build(shape)
-        self.down.build(self.up.compute_output_shape(shape))
-
-    def call(self, x: Any, causal: bool = False) -> Any:
-        y = self.norm1(x)
-        x = x + self.attention(y, y, use_causal_mask=causal)
-        return x + self.down(self.up(self.norm2(x)))
-
-
-class ViT(keras.Model):
-    def __init__(self, width: int = 16, heads: int = 4) -> None:
-        super().__init__()
-        self.patches = layers.Conv2D(width, 2, strides=2)
-        self.class_token = self.add_weight((1, 1, width), name="class_token")
-        self.positions = self.add_weight((1, 17, width), name="positions")
-        self.blocks = [Block(width, heads) for _ in range(2)]
-        self.norm = layer_norm()
-        self.head = layers.Dense(10)
-
-    def call(self, images: Any) -> Any:
-        x = self.patches(images)
-        x = ops.reshape(x, (-1, 16, x.shape[-1]))
-        token = ops.broadcast_to(self.class_token, (ops.shape(x)[0], 1, x.shape[-1]))
-        x = ops.concatenate([token, x], 1) + self.positions
-        for block in self.blocks:
-            x = block(x)
-        return self.head(self.norm(x)[:, 0])
 
 
 class GPT(keras.Model):
@@ -134,29 +80,12 @@ class ResNet(keras.Model):
 MODELS = {"vit": ViT, "gpt": GPT, "lstm": lstm, "resnet": ResNet}
 
 
-class Trainer:
-    """A model and the optimizer that continues a state."""
+class Trainer(ModelTrainer):
+    """With the optimizer that continues a state."""
 
     def __init__(self, kind: str, dtype: str, state: State) -> None:
         keras.utils.set_random_seed(0)
-        self.model = MODELS[kind]()
-        self.model(ops.zeros((1, TIME), "int32") if kind == "gpt" else ops.zeros((1, 8, 8, 1)))  # which builds it
-        self.mappings = plain_layers(self.model, names=NAMES[kind])
-        self.optimizer = Ada2MS(**arguments(state, self.mappings["names"]))
-        loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
-        eager = keras.backend.backend() != "jax"
-        self.model.compile(self.optimizer, loss, run_eagerly=eager, jit_compile=not eager)
-        self.optimizer.build(self.model.trainable_variables)
-
-    def step(self, x: Array, y: Array) -> None:
-        self.model.train_on_batch(x, y)
-
-    def predict(self, x: Array) -> Array:
-        """The logits."""
-        return ops.convert_to_numpy(self.model(x, training=False))
-
-    def export_state(self) -> State:
-        return export_state(self.model, self.optimizer, **self.mappings)
-
-    def import_state(self, state: State) -> Any:
-        return import_state(self.model, self.optimizer, state, **self.mappings)
+        model = MODELS[kind]()
+        model(ops.zeros((1, TIME), "int32") if kind == "gpt" else ops.zeros((1, 8, 8, 1)))  # which builds it
+        mappings = plain_layers(model, names=NAMES[kind])
+        super().__init__(model, mappings, **arguments(state, mappings["names"]))

@@ -4,60 +4,12 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
-import optax
 from flax import nnx
-from flax.nnx.nn.attention import dot_product_attention_weights
 
 from ada2ms.core import State
-from ada2ms.jax import ada2ms, arguments, export_state, import_state, plain_layers
+from ada2ms.demo.vit_on_nnx import Block, ModelTrainer, ViT, layer_norm, zeros
+from ada2ms.jax import arguments, plain_layers
 from models.data import LETTERS, NAMES, TIME
-
-Array = Any
-
-
-def layer_norm(width: int, rngs: nnx.Rngs) -> nnx.LayerNorm:
-    return nnx.LayerNorm(width, epsilon=1e-5, rngs=rngs)
-
-
-def attend(query: Array, key: Array, value: Array, *, mask: Array | None = None, **_: Any) -> jax.Array:
-    """Attention in the type of the arrays; that of JAX takes the softmax in float32."""
-    weights = dot_product_attention_weights(query, key, mask=mask)
-    return jnp.einsum("...hqk,...khd->...qhd", weights, value)
-
-
-class Block(nnx.Module):
-    """A transformer's, which normalises before attention and before two dense layers."""
-
-    def __init__(self, width: int, heads: int, rngs: nnx.Rngs) -> None:
-        self.norm1 = layer_norm(width, rngs)
-        self.attention = nnx.MultiHeadAttention(heads, width, decode=False, attention_fn=attend, rngs=rngs)
-        self.norm2 = layer_norm(width, rngs)
-        self.up = nnx.Linear(width, 4 * width, rngs=rngs)
-        self.down = nnx.Linear(4 * width, width, rngs=rngs)
-
-    def __call__(self, x: jax.Array, mask: jax.Array | None = None) -> jax.Array:
-        x = x + self.attention(self.norm1(x), mask=mask)
-        return x + self.down(nnx.gelu(self.up(self.norm2(x)), approximate=False))
-
-
-class ViT(nnx.Module):
-    def __init__(self, rngs: nnx.Rngs, width: int = 16, heads: int = 4) -> None:
-        self.patches = nnx.Conv(1, width, (2, 2), 2, rngs=rngs)
-        self.class_token = nnx.Param(jnp.zeros((1, 1, width)))
-        self.positions = nnx.Param(jnp.zeros((1, 17, width)))
-        self.blocks = nnx.List(Block(width, heads, rngs) for _ in range(2))
-        self.norm = layer_norm(width, rngs)
-        self.head = nnx.Linear(width, 10, rngs=rngs)
-
-    def __call__(self, images: jax.Array) -> jax.Array:
-        x = self.patches(images)
-        x = x.reshape(len(x), 16, -1)
-        token = jnp.broadcast_to(self.class_token[...], (len(x), 1, x.shape[-1]))
-        x = jnp.concatenate([token, x], 1) + self.positions[...]
-        for block in self.blocks:
-            x = block(x)
-        return self.head(self.norm(x)[:, 0])
 
 
 class GPT(nnx.Module):
@@ -124,50 +76,15 @@ class ResNet(nnx.Module):
 MODELS = {"vit": ViT, "gpt": GPT, "lstm": LSTM, "resnet": ResNet}
 
 
-@nnx.jit
-def train(model: Any, optimizer: nnx.Optimizer, x: Array, y: Array) -> None:
-    def loss(model: Any) -> jax.Array:
-        return optax.softmax_cross_entropy_with_integer_labels(model(x), y).mean()
-
-    optimizer.update(model, nnx.grad(loss)(model))
-
-
-@nnx.jit
-def forward(model: Any, x: Array) -> jax.Array:
-    return model(x)
-
-
-class Trainer:
-    """A model and the optimizer that continues a state."""
+class Trainer(ModelTrainer):
+    """With the optimizer that continues a state."""
 
     def __init__(self, kind: str, dtype: str, state: State) -> None:
+        mappings: Any = {}
+
         def make() -> Any:
             model = MODELS[kind](nnx.Rngs(0))
-            self.mappings = plain_layers(model, names=NAMES[kind])  # here, since flax sorts attributes later
+            mappings.update(plain_layers(model, names=NAMES[kind]))  # here, since flax sorts attributes later
             return model
 
-        # Its values come from a state: none is drawn, for which JAX would compile for seconds.
-        self.model = nnx.eval_shape(make)
-        nnx.update(self.model, jax.tree.map(lambda x: jnp.zeros(x.shape, dtype), nnx.state(self.model)))
-        self.options = arguments(state, self.mappings["names"])
-        self.optimizer = nnx.Optimizer(self.model, ada2ms(**self.options), wrt=nnx.Param)
-
-    def step(self, x: Array, y: Array) -> None:
-        self.model.train()
-        train(self.model, self.optimizer, x, y)
-
-    def predict(self, x: Array) -> Array:
-        """The logits."""
-        self.model.eval()
-        return np.asarray(forward(self.model, x))
-
-    def export_state(self) -> State:
-        values = nnx.state(self.model, (nnx.Param, nnx.BatchStat))
-        return export_state(values, self.optimizer.opt_state, **self.mappings, options=self.options)
-
-    def import_state(self, state: State) -> Any:
-        values = nnx.state(self.model, (nnx.Param, nnx.BatchStat))
-        opt_state = self.optimizer.opt_state
-        values, self.optimizer.opt_state, report = import_state(values, opt_state, state, **self.mappings)
-        nnx.update(self.model, values)
-        return report
+        super().__init__(zeros(make, dtype), mappings, **arguments(state, mappings["names"]))

@@ -7,45 +7,9 @@ from torch import nn
 from torch.nn import functional
 
 from ada2ms.core import State
-from ada2ms.torch import Ada2MS, arguments, export_state, import_state, param_groups, plain_layers
+from ada2ms.demo.vit_on_torch import Block, ModelTrainer, ViT
+from ada2ms.torch import arguments, plain_layers
 from models.data import LETTERS, NAMES, TIME
-
-Array = Any
-
-
-class Block(nn.Module):
-    """A transformer's, which normalises before attention and before two dense layers."""
-
-    def __init__(self, width: int, heads: int) -> None:
-        super().__init__()
-        self.norm1 = nn.LayerNorm(width)
-        self.attention = nn.MultiheadAttention(width, heads, batch_first=True)
-        self.norm2 = nn.LayerNorm(width)
-        self.up = nn.Linear(width, 4 * width)
-        self.down = nn.Linear(4 * width, width)
-
-    def forward(self, x: torch.Tensor, mask: torch.Tensor | None = None) -> torch.Tensor:
-        y = self.norm1(x)
-        x = x + self.attention(y, y, y, attn_mask=mask, need_weights=False)[0]
-        return x + self.down(functional.gelu(self.up(self.norm2(x))))
-
-
-class ViT(nn.Module):
-    def __init__(self, width: int = 16, heads: int = 4) -> None:
-        super().__init__()
-        self.patches = nn.Conv2d(1, width, 2, stride=2)
-        self.class_token = nn.Parameter(torch.zeros(1, 1, width))
-        self.positions = nn.Parameter(0.02 * torch.randn(1, 17, width))
-        self.blocks = nn.ModuleList(Block(width, heads) for _ in range(2))
-        self.norm = nn.LayerNorm(width)
-        self.head = nn.Linear(width, 10)
-
-    def forward(self, images: torch.Tensor) -> torch.Tensor:
-        x = self.patches(images.permute(0, 3, 1, 2)).flatten(2).mT
-        x = torch.cat([self.class_token.expand(len(x), -1, -1), x], 1) + self.positions
-        for block in self.blocks:
-            x = block(x)
-        return self.head(self.norm(x)[:, 0])
 
 
 class GPT(nn.Module):
@@ -114,32 +78,11 @@ class ResNet(nn.Module):
 MODELS = {"vit": ViT, "gpt": GPT, "lstm": LSTM, "resnet": ResNet}
 
 
-class Trainer:
-    """A model and its optimizer: that which continues a state, or a new one with these groups."""
+class Trainer(ModelTrainer):
+    """With the optimizer that continues a state, or a new one with these groups."""
 
     def __init__(self, kind: str, dtype: str, state: State | None = None, **options: Any) -> None:
         torch.manual_seed(0)
-        self.model = MODELS[kind]().to(getattr(torch, dtype))
-        self.mappings = plain_layers(self.model, names=NAMES[kind])
-        options = options if state is None else arguments(state, self.mappings["names"])
-        trained = {name: p for name, p in self.model.named_parameters() if p.requires_grad}
-        groups = param_groups(trained, options.pop("groups", []), options["lr"])
-        self.optimizer = Ada2MS(groups, **options)
-
-    def step(self, x: Array, y: Array) -> None:
-        self.model.train()
-        self.optimizer.zero_grad()
-        logits = self.model(torch.tensor(x))
-        functional.cross_entropy(logits.flatten(0, -2), torch.tensor(y).long().flatten()).backward()
-        self.optimizer.step()
-
-    @torch.no_grad()
-    def predict(self, x: Array) -> Array:
-        """The logits."""
-        return self.model.eval()(torch.tensor(x)).numpy()
-
-    def export_state(self) -> State:
-        return export_state(self.model, self.optimizer, **self.mappings)
-
-    def import_state(self, state: State) -> Any:
-        return import_state(self.model, self.optimizer, state, **self.mappings)
+        model = MODELS[kind]().to(getattr(torch, dtype))
+        mappings = plain_layers(model, names=NAMES[kind])
+        super().__init__(model, mappings, **(options if state is None else arguments(state, mappings["names"])))
