@@ -80,6 +80,13 @@ def show(arguments: argparse.Namespace) -> int:
     for name, entry in state.parameters.items():
         norms = "  ".join(f"|{slot}| {np.linalg.norm(array.ravel()):.3e}" for slot, array in entry.slots().items())
         print(f"{name:{width}}  {entry.exp_avg.shape!s:16}  {entry.exp_avg.dtype}  step {entry.step}  {norms}")
+    if state.receipt is not None:
+        print(f"receipt     {len(state.receipt.steps)} steps, from {state.receipt.start.source}")
+        for i, step in enumerate(state.receipt.steps, 1):
+            rate = "" if step.lr is None else f", lr {step.lr}"
+            print(
+                f"  step {i}    gradients of {len(step.gradients)} parameters{rate}, batch {step.batch or 'not given'}"
+            )
     for name, array in state.extras.items():
         print(f"extra {name}  {array.shape}  {array.dtype}  |.| {np.linalg.norm(_wide(array).ravel()):.3e}")
     _print_notes(state)
@@ -108,6 +115,7 @@ def differences(left: State, right: State) -> list[str]:
     lines += [f"extra {line}" for line in _unequal_arrays(left.extras, right.extras)]
     for field in ("scope", "nonfinite", "skipped", "max_norm", "compensated"):
         lines += _unequal(field, getattr(left, field), getattr(right, field))
+    lines += _unequal("recorded steps", *(0 if x.receipt is None else len(x.receipt.steps) for x in (left, right)))
     lines += _unequal("groups", len(left.groups), len(right.groups))
     for i, (g, h) in enumerate(zip(left.groups, right.groups, strict=False)):
         for field in ("params", "hyper", "global_exp_avg_sq", "global_step"):

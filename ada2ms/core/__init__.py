@@ -4,7 +4,7 @@ from ada2ms.core.groups import NO_DECAY, Group
 from ada2ms.core.hyperparameters import DEFAULTS, Hyperparameters
 from ada2ms.core.schedules import AdaptivitySchedule, Constant, Cosine, Exponential, Linear
 from ada2ms.core.spec import Ada2MS
-from ada2ms.core.state import State, StateError
+from ada2ms.core.state import Receipt, State, StateError
 
 __all__ = [
     "DEFAULTS",
@@ -17,6 +17,7 @@ __all__ = [
     "Group",
     "Hyperparameters",
     "Linear",
+    "Receipt",
     "State",
     "StateError",
 ]

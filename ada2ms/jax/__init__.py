@@ -7,6 +7,7 @@ require("optax", "jax")
 
 from ada2ms.jax.layers import plain_layers
 from ada2ms.jax.optimizer import ada2ms, scale_by_ada2ms
+from ada2ms.jax.receipt import export_gradients
 from ada2ms.jax.state import CompensatedAda2MSState, ScaleByAda2MSState
 from ada2ms.jax.trace import Recorder, recorded
 from ada2ms.jax.transfer import arguments, export_state, import_state
@@ -17,6 +18,7 @@ __all__ = [
     "ScaleByAda2MSState",
     "ada2ms",
     "arguments",
+    "export_gradients",
     "export_state",
     "import_state",
     "plain_layers",

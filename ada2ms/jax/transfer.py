@@ -19,10 +19,13 @@ from ada2ms.core.state import (
     Fitted,
     Group,
     Names,
+    Receipt,
     Report,
     State,
     StateError,
     Target,
+    Transfer,
+    check_verify,
     from_portable,
     in_state,
     only_count,
@@ -33,6 +36,7 @@ from ada2ms.core.state import (
 )
 from ada2ms.core.state import arguments as portable_arguments
 from ada2ms.jax.names import by_path, flatten
+from ada2ms.jax.receipt import Gradients, numpy, verification
 from ada2ms.jax.state import CompensatedAda2MSState, ScaleByAda2MSState
 from ada2ms.jax.wrappers import left_behind, rewritten, the_node
 
@@ -46,6 +50,7 @@ def export_state(
     extras: Extras = None,
     options: Mapping[str, Any] | None = None,
     values: bool = True,
+    receipt: Receipt | None = None,
 ) -> State:
     """The state of an optimizer, to go on from in any framework.
 
@@ -62,6 +67,7 @@ def export_state(
         options: arguments that the optimizer was made with, `groups` among them, to be recorded as hyperparameters:
             nothing else in Optax knows them. What is left out is not recorded, unless a group has it of its own.
         values: whether the parameters' values are to travel too, and extras.
+        receipt: the steps since an earlier state, for `verify` of `import_state`.
 
     Returns:
         A state with copies of everything that the optimizer has moments of. Its `notes` name what is not in it.
@@ -79,12 +85,12 @@ def export_state(
     rest = by_path(node.compensation) if ours else {}
     entries = {
         path: Entry(
-            exp_avg=_numpy(mu[path]),
-            exp_avg_sq=_numpy(nu[path]),
+            exp_avg=numpy(mu[path]),
+            exp_avg_sq=numpy(nu[path]),
             step=steps[i],
             global_exp_avg_sq=float(s[i]) if s is not None and s.ndim == 1 else None,
-            param=_numpy(leaves[path]) if values else None,
-            compensation=_numpy(rest[path]) if path in rest else None,
+            param=numpy(leaves[path]) if values else None,
+            compensation=numpy(rest[path]) if path in rest else None,
         )
         for i, path in enumerate(mu)
     }
@@ -97,8 +103,9 @@ def export_state(
     found, left = _extras_of(leaves, mu, extras, axes) if values else ({}, [])
     notes += left
     source = f"jax {jax.__version__}, optax {optax.__version__}: {type(node).__name__}"
+    own = None if receipt is None else receipt.copy()
     if s is None:
-        return State(entries, groups, source=source, notes=notes, extras=found)
+        return State(entries, groups, source=source, notes=notes, extras=found, receipt=own)
     max_norm = options.get("max_norm")
     return State(
         entries,
@@ -111,6 +118,7 @@ def export_state(
         max_norm=None if max_norm is None else float(max_norm),
         compensated=isinstance(node, CompensatedAda2MSState),
         extras=found,
+        receipt=own,
     )
 
 
@@ -124,6 +132,9 @@ def import_state(
     extras: Extras = None,
     values: bool = True,
     cast: bool = False,
+    verify: int = 0,
+    optimizer: optax.GradientTransformation | None = None,
+    gradients: Gradients = None,
 ) -> tuple[optax.Params, optax.OptState, Report]:
     """Parameters and optimizer state that continue a state of any framework.
 
@@ -145,6 +156,12 @@ def import_state(
         extras: what the state calls a leaf that the optimizer has no moments of, for each path here.
         values: whether the parameters' values come from the state too, and extras.
         cast: whether values may be rounded to the types here.
+        verify: how many recorded steps there must be in the state's receipt. All that are there are made once more, and
+            `Report.verification` says whether the result is the state: whatever it says, the state is what comes back.
+            A recorded learning rate goes where `optax.inject_hyperparams` has it. 0: nothing is verified.
+        optimizer: with `verify`, what `opt_state` is of, and will be updated by.
+        gradients: with `verify`, `gradients(params, step)` gives the gradients of a recorded step, as a tree: if they
+            are those recorded, all arrays are where the model reads them. `step.batch` tells which batch that was.
 
     Returns:
         New parameters and optimizer state, of the types and shardings of those given; and what went where, to be
@@ -153,15 +170,17 @@ def import_state(
     Raises:
         StateError: listing everything that is missing, superfluous, or of a wrong shape or type.
     """
+    check_verify(verify)
     node = the_node(opt_state)
     leaves, mu = by_path(params), by_path(node.mu)
     _require_leaves(leaves, mu)
     ours = isinstance(node, (CompensatedAda2MSState, ScaleByAda2MSState))
     rows = np.ndim(_scalar(node.s)) if ours else 0  # 1: one s for each leaf; 2: one for each b2, in the rows of leaves
     beside = _arrays_beside(leaves, mu)
+    targets = _targets(leaves, node, groups=rows == 2)
     fitted = from_portable(
         state,
-        _targets(leaves, node, groups=rows == 2),
+        targets,
         names=names,
         axes=axes,
         scope=("tensor" if rows == 1 else "model") if ours else None,
@@ -173,6 +192,8 @@ def import_state(
         beside={path: Extra(tuple(np.shape(x)), x.dtype.name) for path, x in beside.items()},
     )
     k = _count(fitted, ours)
+    transfer = Transfer(import_state, export_state, names, axes, cast)
+    fitted.report.verification = verification(params, opt_state, state, verify, targets, transfer, optimizer, gradients)
 
     def moved(node: Any) -> Any:
         slots = {"mu": "exp_avg", "nu": "exp_avg_sq"}
@@ -182,14 +203,7 @@ def import_state(
             count=_filled(node.count, k),
             **{field: _replaced(getattr(node, field), slot, fitted) for field, slot in slots.items()},
         )
-        if not ours:
-            return node
-        each = [fitted.entries[path].global_exp_avg_sq for path in mu] if rows == 1 else [s for s, _ in fitted.groups]
-        return node._replace(
-            s=_filled(node.s, np.array([s or 0.0 for s in each]).reshape(np.shape(_scalar(node.s)))),
-            steps=_filled(node.steps, [fitted.entries[path].step for path in mu]),
-            skipped=_filled(node.skipped, fitted.skipped),
-        )
+        return _with_numbers(node, fitted, list(mu), own_s=rows == 1) if ours else node
 
     # The transformations around ours were called in skipped steps, too.
     opt_state, kept = rewritten(opt_state, moved, lambda count: _filled(count, k + fitted.skipped))
@@ -224,6 +238,16 @@ def _replaced(tree: Any, slot: str, fitted: Fitted) -> Any:
             value = fitted.extras[path]
         new.append(leaf if value is None else _filled(leaf, value))
     return structure.unflatten(new)
+
+
+def _with_numbers(node: Any, fitted: Fitted, paths: list[str], *, own_s: bool) -> Any:
+    """Our state with the global second moments and the counts of leaves; with `own_s` each leaf has an s."""
+    each = [fitted.entries[path].global_exp_avg_sq for path in paths] if own_s else [s for s, _ in fitted.groups]
+    return node._replace(
+        s=_filled(node.s, np.array([s or 0.0 for s in each]).reshape(np.shape(_scalar(node.s)))),
+        steps=_filled(node.steps, [fitted.entries[path].step for path in paths]),
+        skipped=_filled(node.skipped, fitted.skipped),
+    )
 
 
 def _groups_of(options: Mapping[str, Any], ndims: Mapping[str, int], s: Any, count: int) -> list[Group]:
@@ -299,7 +323,7 @@ def _extras_of(
     wanted, beside = extras or {}, _arrays_beside(leaves, mu)
     notes = without_moments([path for path in beside if path not in wanted], imported=False)
     notes += [f"the extra {path!r} is not in this state: no leaf is called so" for path in wanted if path not in leaves]
-    return portable_extras({path: _numpy(x) for path, x in beside.items() if path in wanted}, extras, axes), notes
+    return portable_extras({path: numpy(x) for path, x in beside.items() if path in wanted}, extras, axes), notes
 
 
 def _arrays_beside(params: dict[str, Any], mu: dict[str, Any]) -> dict[str, Any]:
@@ -343,8 +367,3 @@ def _dtypes(**slots: Any) -> dict[str, str]:
     """The names of the types of a parameter and what is kept of it, without what is None."""
     arrays = {slot: x if hasattr(x, "dtype") else np.asarray(x) for slot, x in slots.items() if x is not None}
     return {slot: array.dtype.name for slot, array in arrays.items()}
-
-
-def _numpy(x: Any) -> Any:
-    array = np.array(x)
-    return array if array.dtype.itemsize >= 4 else array.astype(np.float32)

@@ -29,7 +29,17 @@ if int(keras.__version__.partition(".")[0]) < 3:
 from ada2ms.tf.callback import Ada2MSLogger
 from ada2ms.tf.layers import plain_layers
 from ada2ms.tf.optimizer import Ada2MS
+from ada2ms.tf.receipt import export_gradients
 from ada2ms.tf.trace import Recorder
 from ada2ms.tf.transfer import arguments, export_state, import_state
 
-__all__ = ["Ada2MS", "Ada2MSLogger", "Recorder", "arguments", "export_state", "import_state", "plain_layers"]
+__all__ = [
+    "Ada2MS",
+    "Ada2MSLogger",
+    "Recorder",
+    "arguments",
+    "export_gradients",
+    "export_state",
+    "import_state",
+    "plain_layers",
+]

@@ -1,7 +1,7 @@
 """The optimizer's state to and from other frameworks; `ada2ms.core.state` says what it consists of."""
 
-from collections.abc import Mapping, Sequence
-from typing import Any, TypeAlias
+from collections.abc import Mapping
+from typing import Any
 
 import keras
 import numpy as np
@@ -17,10 +17,13 @@ from ada2ms.core.state import (
     Fitted,
     Group,
     Names,
+    Receipt,
     Report,
     State,
     StateError,
     Target,
+    Transfer,
+    check_verify,
     from_portable,
     in_state,
     only_count,
@@ -31,10 +34,17 @@ from ada2ms.core.state import (
     without_moments,
 )
 from ada2ms.tf.groups import Hyper
+from ada2ms.tf.models import (
+    Model,
+    Variable,
+    beside_optimizer,
+    model_paths,
+    unknown_variables,
+    variables_by_path,
+    without_any_moments,
+)
 from ada2ms.tf.optimizer import Ada2MS
-
-Variable = Any
-Model: TypeAlias = keras.Model | Sequence[Variable]
+from ada2ms.tf.receipt import Gradients, verification
 
 
 def export_state(
@@ -45,6 +55,7 @@ def export_state(
     axes: Axes = None,
     extras: Extras = None,
     values: bool = True,
+    receipt: Receipt | None = None,
 ) -> State:
     """The state of an optimizer, to go on from in any framework.
 
@@ -59,6 +70,7 @@ def export_state(
             statistics, which `plain_layers` gives, or values of frozen layers. They are in `State.extras`, where you
             may put others.
         values: whether the variables' values are to travel too, and extras.
+        receipt: the steps since an earlier state, for `verify` of `import_state`.
 
     Returns:
         A state with copies of everything. Its `notes` say what the optimizer keeps besides and no state holds.
@@ -70,7 +82,7 @@ def export_state(
     if not optimizer.built:
         raise StateError("The optimizer does not fit", ["it is not built: it has no state yet"])
     ours = isinstance(optimizer, Ada2MS)
-    variables = _variables(model, optimizer)
+    variables = variables_by_path(model, optimizer)
     steps = _numpy(optimizer._steps) if ours else np.full(len(optimizer._momentums), int(_numpy(optimizer.iterations)))
     entries = {
         path: Entry(
@@ -83,11 +95,11 @@ def export_state(
         )
         for path, (i, variable) in variables.items()
     }
-    entries, renamed = to_portable(entries, names, axes, _paths(model))
+    entries, renamed = to_portable(entries, names, axes, model_paths(model))
     notes = _left_behind(model, wrapper, optimizer)
-    beside = _beside(model, optimizer) if values else {}
+    beside = beside_optimizer(model, optimizer) if values else {}
     found = portable_extras({path: _numpy(v) for path, v in beside.items() if path in (extras or {})}, extras, axes)
-    left = [path for path in _without_moments(model, optimizer) if values and path not in (extras or {})]
+    left = [path for path in without_any_moments(model, optimizer) if values and path not in (extras or {})]
     notes += without_moments(left, imported=False)
     choices: dict[str, Any] = {"max_norm": _max_norm(optimizer)}
     if ours:
@@ -100,6 +112,7 @@ def export_state(
         source=f"keras {keras.__version__} on {keras.backend.backend()}: {type(optimizer).__name__}",
         notes=notes,
         extras=found,
+        receipt=None if receipt is None else receipt.copy(),
     )
 
 
@@ -113,6 +126,8 @@ def import_state(
     extras: Extras = None,
     values: bool = True,
     cast: bool = False,
+    verify: int = 0,
+    gradients: Gradients = None,
 ) -> Report:
     """Gives an optimizer, and the variables, a state of any framework; hyperparameters stay as they are.
 
@@ -135,6 +150,13 @@ def import_state(
         extras: what the state calls a variable that the optimizer has no moments of, for each path here.
         values: whether the variables' values come from the state too, and extras.
         cast: whether values may be rounded to the types here.
+        verify: how many recorded steps there must be in the state's receipt. All that are there are made once more
+            beforehand, by this optimizer, and all variables get back what they had; `Report.verification` says whether
+            the result is the state: whatever it says, the state is imported. A recorded learning rate is taken in place
+            of that here, if this is no schedule. 0: nothing is verified.
+        gradients: with `verify`, `gradients(model, step)` gives the gradients of a recorded step, one for each
+            trainable variable: if they are those recorded, all arrays are where the model reads them. `step.batch`
+            tells which batch that was.
 
     Returns:
         What went where, and in its `notes` what did not; to be printed.
@@ -142,22 +164,26 @@ def import_state(
     Raises:
         StateError: listing everything that is missing, superfluous, or of a wrong shape or type; nothing has changed.
     """
+    check_verify(verify)
     wrapper, optimizer = optimizer, _inner(optimizer)
     optimizer.build(list(model.trainable_variables if isinstance(model, keras.Model) else model))
-    variables, beside = _variables(model, optimizer), _beside(model, optimizer)
+    variables, beside = variables_by_path(model, optimizer), beside_optimizer(model, optimizer)
+    targets = {path: _target(optimizer, i, v) for path, (i, v) in variables.items()}
     fitted = from_portable(
         state,
-        {path: _target(optimizer, i, v) for path, (i, v) in variables.items()},
+        targets,
         names=names,
         axes=axes,
         scope=optimizer.scope if isinstance(optimizer, Ada2MS) else None,
         values=values,
         cast=cast,
         groups=_moments(optimizer),
-        others=_paths(model),
+        others=model_paths(model),
         extras=extras,
         beside={path: Extra(tuple(v.shape), keras.backend.standardize_dtype(v.dtype)) for path, v in beside.items()},
     )
+    transfer = Transfer(import_state, export_state, names, axes, cast)
+    fitted.report.verification = verification(model, optimizer, state, verify, targets, transfer, gradients)
     calls = _assign_counts(optimizer, fitted, variables)
     for path, array in fitted.extras.items():
         _assign(beside[path], array)
@@ -169,8 +195,8 @@ def import_state(
             _assign(_compensation(optimizer, i), entry.compensation)
         if entry.param is not None:
             _assign(variable, entry.param)
-    fitted.report.notes += [*_unknown(model, optimizer), *_restart(wrapper, optimizer)]
-    left = [path for path in _without_moments(model, optimizer) if values and path not in fitted.extras]
+    fitted.report.notes += [*unknown_variables(model, optimizer), *_restart(wrapper, optimizer)]
+    left = [path for path in without_any_moments(model, optimizer) if values and path not in fitted.extras]
     fitted.report.notes += without_moments(left, imported=True)
     _assign(optimizer._iterations, np.array(calls * (optimizer.gradient_accumulation_steps or 1)))
     return fitted.report
@@ -301,48 +327,9 @@ def _assign_counts(
     return max(k) + fitted.skipped
 
 
-def _variables(model: Model, optimizer: keras.optimizers.Optimizer) -> dict[str, tuple[int, Variable]]:
-    """By path: index in the optimizer, and variable, of all that it updates, whether or not they are frozen by now."""
-    given = model.variables if isinstance(model, keras.Model) else model
-    index = {id(v): i for i, v in enumerate(optimizer._trainable_variables) if optimizer._momentums[i] is not None}
-    found: dict[str, tuple[int, Variable]] = {}
-    for v in given:
-        if id(v) in index:
-            if v.path in found:
-                raise StateError("The model does not fit", [f"two variables have the path {v.path!r}"])
-            found[v.path] = index[id(v)], v
-    if len(found) < len(index):
-        absent = [v.path for v in optimizer._trainable_variables if id(v) in index and v.path not in found]
-        raise StateError("The optimizer does not fit", [f"{path!r} is not in the model" for path in absent])
-    return found
-
-
-def _unknown(model: Model, optimizer: keras.optimizers.Optimizer) -> list[str]:
-    """Notes of variables that are trained, or given, and of which this optimizer has nothing."""
-    known = {id(v) for v in optimizer._trainable_variables}
-    given = model.trainable_variables if isinstance(model, keras.Model) else model
-    unknown = [v.path for v in given if id(v) not in known]
-    return [f"{path!r} is not among the variables that the optimizer was built with" for path in unknown]
-
-
-def _beside(model: Model, optimizer: keras.optimizers.Optimizer) -> dict[str, Variable]:
-    """By path: the variables of a model that the optimizer has no moments of."""
-    own = {id(v) for v, m in zip(optimizer._trainable_variables, optimizer._momentums, strict=True) if m is not None}
-    return {v.path: v for v in (model.variables if isinstance(model, keras.Model) else model) if id(v) not in own}
-
-
-def _without_moments(model: Model, optimizer: keras.optimizers.Optimizer) -> list[str]:
-    """Paths of weights that are not in a state: frozen, statistics, or overwritten; but for those of `_unknown`."""
-    moments = {id(v): m for v, m in zip(optimizer._trainable_variables, optimizer._momentums, strict=True)}
-    if not isinstance(model, keras.Model):
-        return [v.path for v in model if id(v) in moments and moments[id(v)] is None]
-    trained = {id(v) for v in model.trainable_variables}
-    return [v.path for v in model.weights if moments.get(id(v)) is None and (id(v) in moments or id(v) not in trained)]
-
-
 def _left_behind(model: Model, wrapper: keras.optimizers.Optimizer, optimizer: keras.optimizers.Optimizer) -> list[str]:
     """Notes of what an export does not take along."""
-    notes = _unknown(model, optimizer)
+    notes = unknown_variables(model, optimizer)
     if waiting := _accumulated(optimizer):
         gradients = f"gradients of {waiting} of {optimizer.gradient_accumulation_steps} steps"
         notes.append(f"{gradients}, accumulated for the next update, are not in this state")
@@ -379,10 +366,6 @@ def _restart(wrapper: keras.optimizers.Optimizer, optimizer: keras.optimizers.Op
 def _accumulated(optimizer: keras.optimizers.Optimizer) -> int:
     """Calls of `apply` since the last update, whose gradients wait for the next."""
     return int(_numpy(optimizer._iterations)) % (optimizer.gradient_accumulation_steps or 1)
-
-
-def _paths(model: Model) -> list[str]:
-    return [v.path for v in (model.variables if isinstance(model, keras.Model) else model)]
 
 
 def _numpy(variable: Variable) -> Any:

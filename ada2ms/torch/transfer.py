@@ -16,10 +16,13 @@ from ada2ms.core.state import (
     Extras,
     Group,
     Names,
+    Receipt,
     Report,
     State,
     StateError,
     Target,
+    Transfer,
+    check_verify,
     from_portable,
     in_state,
     optimizer_problems,
@@ -34,8 +37,8 @@ from ada2ms.torch.groups import named_parameters
 from ada2ms.torch.loading import without_stale
 from ada2ms.torch.numbers import compensation_dtype, compute_dtype
 from ada2ms.torch.optimizer import Ada2MS
+from ada2ms.torch.receipt import Gradients, Model, verification
 
-Model = nn.Module | Mapping[str, Tensor]
 _SLOTS = {"step", "exp_avg", "exp_avg_sq"}  # what Ada2MS, AdamW and Adam keep of a parameter
 _OTHER_SLOTS = {"max_exp_avg_sq", "mu_product"}  # amsgrad's, and NAdam's
 
@@ -48,6 +51,7 @@ def export_state(
     axes: Axes = None,
     extras: Extras = None,
     values: bool = True,
+    receipt: Receipt | None = None,
 ) -> State:
     """The state of an optimizer, to go on from in any framework.
 
@@ -62,6 +66,7 @@ def export_state(
             statistics, which `plain_layers` gives, or values of frozen parameters. They are in `State.extras`, where
             you may put others.
         values: whether the parameters' values are to travel too, and extras.
+        receipt: the steps since an earlier state, for `verify` of `import_state`.
 
     Returns:
         A state with copies of everything that the optimizer is over. Its `notes` name parameters that it is not over.
@@ -71,13 +76,15 @@ def export_state(
     """
     named = named_parameters(model)
     called = _names(named, optimizer)
-    own = [[called[p] for p in group["params"]] for group in optimizer.param_groups]
-    state = from_state_dict(optimizer.state_dict(), own, named, names=names, axes=axes, values=values)
+    groups = [[called[p] for p in group["params"]] for group in optimizer.param_groups]
+    state = from_state_dict(optimizer.state_dict(), groups, named, names=names, axes=axes, values=values)
     beside = _beside(model, named, called) if values else {}
     found = portable_extras({name: numpy(x) for name, x in beside.items() if name in (extras or {})}, extras, axes)
     left = [name for name in beside if name in named and name not in (extras or {})]
     notes = without_moments(left, imported=False)
-    return replace(state, extras=found, source=f"torch {torch.__version__}: {type(optimizer).__name__}", notes=notes)
+    source = f"torch {torch.__version__}: {type(optimizer).__name__}"
+    own = None if receipt is None else receipt.copy()
+    return replace(state, extras=found, source=source, notes=notes, receipt=own)
 
 
 def from_state_dict(
@@ -154,6 +161,8 @@ def import_state(
     extras: Extras = None,
     values: bool = True,
     cast: bool = False,
+    verify: int = 0,
+    gradients: Gradients = None,
 ) -> Report:
     """Gives an optimizer, and the parameters, a state of any framework; hyperparameters stay as they are.
 
@@ -170,6 +179,13 @@ def import_state(
         extras: what the state calls an array that the optimizer has no moments of, for each name here.
         values: whether the parameters' values come from the state too, and extras.
         cast: whether values may be rounded to the types here.
+        verify: how many recorded steps there must be in the state's receipt. All that are there are made once more
+            beforehand, by copies of the model and this optimizer, and `Report.verification` says whether the result is
+            the state: whatever it says, the state is imported. A recorded learning rate is taken in place of that here,
+            for groups by their factors. 0: nothing is verified.
+        gradients: with `verify`, `gradients(model, step)` computes the gradients of a recorded step, by backward passes
+            through the copy of the model that it is given: if they are those recorded, all arrays are where the model
+            reads them. `step.batch` tells which batch that was.
 
     Returns:
         What went where; to be printed.
@@ -177,6 +193,7 @@ def import_state(
     Raises:
         StateError: listing everything that is missing, superfluous, or of a wrong shape or type; nothing has changed.
     """
+    check_verify(verify)
     named = named_parameters(model)
     called = _names(named, optimizer)
     ours = isinstance(optimizer, Ada2MS)
@@ -202,6 +219,8 @@ def import_state(
         extras=extras,
         beside={name: Extra(tuple(x.shape), str(x.dtype).removeprefix("torch.")) for name, x in beside.items()},
     )
+    transfer = Transfer(import_state, export_state, names, axes, cast)
+    fitted.report.verification = verification(model, optimizer, state, verify, targets, transfer, gradients)
     state_dict = optimizer.state_dict()
     params = [p for group in optimizer.param_groups for p in group["params"]]
     state_dict["state"] = to_state([fitted.entries[called[p]] for p in params], own_s=ours)

@@ -2,14 +2,15 @@
 
 A state is plain data here: the fields of a `State`, with the fields of its parameters and groups as dictionaries.
 
-Tensors are called `<slot>/<parameter>`, and `extra/<name>`; the rest is JSON in the file's metadata, floats as
-`float.hex()`:
+Tensors are called `<slot>/<parameter>`, and `extra/<name>`; those of a receipt `receipt/<slot>/<parameter>`, of the
+state that it starts from, and `gradient/<index of the step>/<parameter>`. The rest is JSON in the file's metadata,
+floats as `float.hex()`:
 
     format           "ada2ms-state"
     format_version   of this layout; every version has its own reader, kept for good
     spec_version     of the rule, as in the golden vectors
     source           where the state comes from
-    state            groups, scope, nonfinite, skipped, max_norm, compensated; and notes, if there are any
+    state            groups, scope, nonfinite, skipped, max_norm, compensated; and notes and a receipt, if there are any
     sha256           of all of the above and of the tensors, since safetensors itself keeps no checksum
 """
 
@@ -46,29 +47,7 @@ def save(state: Data, path: Path) -> None:
     require("safetensors", "state")
     from safetensors.numpy import save as to_bytes
 
-    tensors: dict[str, Array] = {}
-    for name, entry in state["parameters"].items():
-        for slot in _ARRAYS:
-            if entry[slot] is not None:
-                tensors[f"{slot}/{name}"] = _as_reals(entry[slot])
-        tensors[f"step/{name}"] = np.array(entry["step"], np.int64)
-        if entry["global_exp_avg_sq"] is not None:
-            tensors[f"global_exp_avg_sq/{name}"] = np.array(entry["global_exp_avg_sq"], np.float64)
-    tensors |= {f"extra/{name}": _as_reals(array) for name, array in state["extras"].items()}
-    content: Data = {
-        "parameters": list(state["parameters"]),
-        "complex": [name for name, entry in state["parameters"].items() if np.iscomplexobj(entry["exp_avg"])],
-        "extras": list(state["extras"]),
-        "complex_extras": [name for name, array in state["extras"].items() if np.iscomplexobj(array)],
-        "groups": [_group_to_json(group) for group in state["groups"]],
-        "scope": state["scope"],
-        "nonfinite": state["nonfinite"],
-        "skipped": state["skipped"],
-        "max_norm": None if state["max_norm"] is None else float(state["max_norm"]).hex(),
-        "compensated": bool(state["compensated"]),
-    }
-    if state["notes"]:  # readers from before there were notes ignore them
-        content["notes"] = state["notes"]
+    content, tensors = _packed(state)
     metadata = {
         "format": FORMAT,
         "format_version": str(FORMAT_VERSION),
@@ -110,6 +89,49 @@ def load(path: Path) -> Data:
     return _READERS[version](metadata, tensors)
 
 
+def _packed(state: Data) -> tuple[Data, dict[str, Array]]:
+    """A state as JSON and tensors."""
+    tensors: dict[str, Array] = {}
+    for name, entry in state["parameters"].items():
+        for slot in _ARRAYS:
+            if entry[slot] is not None:
+                tensors[f"{slot}/{name}"] = _as_reals(entry[slot])
+        tensors[f"step/{name}"] = np.array(entry["step"], np.int64)
+        if entry["global_exp_avg_sq"] is not None:
+            tensors[f"global_exp_avg_sq/{name}"] = np.array(entry["global_exp_avg_sq"], np.float64)
+    tensors |= {f"extra/{name}": _as_reals(array) for name, array in state["extras"].items()}
+    content: Data = {
+        "parameters": list(state["parameters"]),
+        "complex": [name for name, entry in state["parameters"].items() if np.iscomplexobj(entry["exp_avg"])],
+        "extras": list(state["extras"]),
+        "complex_extras": [name for name, array in state["extras"].items() if np.iscomplexobj(array)],
+        "groups": [_group_to_json(group) for group in state["groups"]],
+        "scope": state["scope"],
+        "nonfinite": state["nonfinite"],
+        "skipped": state["skipped"],
+        "max_norm": None if state["max_norm"] is None else float(state["max_norm"]).hex(),
+        "compensated": bool(state["compensated"]),
+    }
+    if state["notes"]:  # readers from before there were notes ignore them
+        content["notes"] = state["notes"]
+    if state["receipt"] is not None:
+        content["receipt"], own = _packed_receipt(state["receipt"])
+        tensors |= own
+    return content, tensors
+
+
+def _packed_receipt(receipt: Data) -> tuple[Data, dict[str, Array]]:
+    start, tensors = _packed(receipt["start"])
+    tensors = {f"receipt/{name}": array for name, array in tensors.items()}
+    steps = []
+    for i, step in enumerate(receipt["steps"]):
+        tensors |= {f"gradient/{i}/{name}": _as_reals(g) for name, g in step["gradients"].items()}
+        lr = None if step["lr"] is None else step["lr"].hex()
+        paired = [name for name, g in step["gradients"].items() if np.iscomplexobj(g)]
+        steps.append({"gradients": list(step["gradients"]), "complex": paired, "batch": step["batch"], "lr": lr})
+    return {"start": start, "source": receipt["start"]["source"], "steps": steps}, tensors
+
+
 def _read_1(metadata: dict[str, str], tensors: dict[str, Array]) -> Data:
     content = json.loads(metadata["state"])
     parameters = {}
@@ -140,7 +162,26 @@ def _read_2(metadata: dict[str, str], tensors: dict[str, Array]) -> Data:
     state["compensated"] = content["compensated"]
     paired = content["complex_extras"]
     state["extras"] = {name: _array(tensors, f"extra/{name}", name in paired) for name in content["extras"]}
+    if (receipt := content.get("receipt")) is not None:
+        state["receipt"] = _read_receipt(receipt, tensors)
     return state
+
+
+def _read_receipt(receipt: Data, tensors: dict[str, Array]) -> Data:
+    metadata = {"state": json.dumps(receipt["start"]), "source": receipt["source"]}
+    prefix = "receipt/"
+    own = {name.removeprefix(prefix): array for name, array in tensors.items() if name.startswith(prefix)}
+    steps = [
+        {
+            "gradients": {
+                name: _array(tensors, f"gradient/{i}/{name}", name in step["complex"]) for name in step["gradients"]
+            },
+            "batch": step["batch"],
+            "lr": None if step["lr"] is None else float.fromhex(step["lr"]),
+        }
+        for i, step in enumerate(receipt["steps"])
+    ]
+    return {"start": _read_2(metadata, own), "steps": steps}
 
 
 # From a file's metadata and tensors to the state; a new version adds a reader, and the old ones stay.

@@ -5,7 +5,7 @@ Also what the transfer of every framework says in the same words: which optimize
 
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
@@ -27,19 +27,37 @@ class Target:
     group: int = 0
 
 
+@dataclass(frozen=True)
+class Verification:
+    """Whether the optimizer here makes the steps that a receipt holds as they were made.
+
+    Attributes:
+        verdict: "proven", "lost", or "cannot be verified".
+        why: what shows it; for people.
+    """
+
+    verdict: Literal["proven", "lost", "cannot be verified"]
+    why: str
+
+    def __str__(self) -> str:
+        return f"{self.verdict}: {self.why}"
+
+
 @dataclass
 class Report:
     """What went where: for each parameter its name in the framework, its name in the state, its shape and its axes.
 
-    Of `extras`, which are no parameters of the optimizer, there are the two names alone.
+    Of `extras`, which are no parameters of the optimizer, there are the two names alone. `verification` is what
+    `verify=` has found; None without it.
     """
 
     rows: list[tuple[str, str, tuple[int, ...], tuple[int, ...] | None]]
     notes: list[str] = field(default_factory=list)
     extras: list[tuple[str, str]] = field(default_factory=list)
+    verification: Verification | None = None
 
     def __setstate__(self, fields: dict[str, Any]) -> None:
-        self.__dict__.update({"extras": [], **fields})  # pickles of before there were extras
+        self.__dict__.update({"extras": [], "verification": None, **fields})  # pickles of before there were these
 
     def __str__(self) -> str:
         columns = [row[0] for row in self.rows], [row[1] for row in self.rows]
@@ -49,7 +67,8 @@ class Report:
             for name, origin, shape, axes in self.rows
         ]
         lines += [f"{name}  <-  {origin}  (extra)" for name, origin in self.extras]
-        return "\n".join([*lines, *self.notes])
+        lines += self.notes
+        return "\n".join(lines if self.verification is None else [*lines, str(self.verification)])
 
 
 @dataclass
@@ -157,7 +176,7 @@ def from_portable(
         f"type: the extra {name!r} is {beside[name].dtype}, which does not hold its {x.dtype} values "
         "(cast=True rounds them)"
         for name, x in arrays.items()
-        if not cast and not _holds(beside[name].dtype, x)
+        if not cast and not holds(beside[name].dtype, x)
     ]
     if problems:
         raise StateError("The state does not fit", problems)
@@ -213,7 +232,7 @@ def _fitted(entry: Entry, target: Target, called: str, values: bool, cast: bool)
             "compensation (cast=True rounds them)"
         )
     for slot, array in entry.slots().items():
-        if not cast and not _holds(target.dtypes[slot], array):
+        if not cast and not holds(target.dtypes[slot], array):
             problems.append(
                 f"type: {slot} of {called} is {target.dtypes[slot]}, which does not hold its {array.dtype} values "
                 "(cast=True rounds them)"
@@ -250,7 +269,7 @@ def _pairs(state: State, members: set[str] | None) -> set[tuple[float | None, in
     return {(group.global_exp_avg_sq, group.global_step) for group in chosen}
 
 
-def _holds(dtype: str, array: Array) -> bool:
+def holds(dtype: str, array: Array) -> bool:
     """Whether a type, by its name, holds all values of an array exactly. (NumPy has no bfloat16.)"""
     if dtype == "bfloat16":
         narrow = array.astype(np.float32)

@@ -169,7 +169,7 @@ def arranged(state: State, found: Mapping[str, Layout]) -> tuple[State, list[str
     superfluous = [name for name in state.parameters if name not in used]
     groups = [replace(group, params=own) for group, own in zip(state.groups, params, strict=True)]
     problems = [f"superfluous: {name!r} is no parameter here" for name in superfluous] + problems
-    return replace(state, parameters=entries, groups=groups), problems
+    return replace(state, parameters=entries, groups=groups, receipt=None), problems
 
 
 def called(name: str, layout: Layout) -> str:

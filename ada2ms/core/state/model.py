@@ -28,6 +28,7 @@ from ada2ms.core.hyperparameters import (
 from ada2ms.core.schedules import AdaptivitySchedule
 from ada2ms.core.state import file
 from ada2ms.core.state.errors import StateError
+from ada2ms.core.state.receipt import Receipt, Step, unlike
 
 Array = NDArray[Any]
 SLOTS = ("param", "exp_avg", "exp_avg_sq")  # of every parameter
@@ -92,6 +93,7 @@ class State:
             each, for people. They are saved with the state, and are in the report of whoever imports it.
         max_norm, compensated: as in every backend.
         extras: arrays by name that are no part of the optimizer's state and travel with it.
+        receipt: steps that led here, for `import_state(..., verify=...)`.
 
     Raises:
         StateError: listing everything that is not valid.
@@ -107,6 +109,7 @@ class State:
     max_norm: float | None = DEFAULT_MAX_NORM
     compensated: bool = DEFAULT_COMPENSATED
     extras: dict[str, Array] = field(default_factory=dict)
+    receipt: Receipt | None = None
 
     def __post_init__(self) -> None:
         problems = [f"{name!r}: {x}" for name, entry in self.parameters.items() for x in _entry_problems(entry)]
@@ -123,6 +126,8 @@ class State:
         ]
         if not _is_count(self.skipped):
             problems.append(f"Invalid skipped: {self.skipped!r} (must be an integer, at least 0)")
+        if self.receipt is not None:
+            problems += [f"receipt: {x}" for x in unlike(self.receipt.start, self)]
         if problems:
             raise StateError("Not a valid state", problems)
 
@@ -132,6 +137,7 @@ class State:
             "max_norm": DEFAULT_MAX_NORM,
             "compensated": DEFAULT_COMPENSATED,
             "extras": {},
+            "receipt": None,
         }
         self.__dict__.update({**added, **fields})  # pickles of before there were these
 
@@ -192,8 +198,7 @@ class State:
         Raises:
             ImportError: safetensors is not installed.
         """
-        parameters = {name: vars(entry) for name, entry in self.parameters.items()}
-        file.save({**vars(self), "parameters": parameters, "groups": list(map(vars, self.groups))}, Path(path))
+        file.save(_plain(self), Path(path))
 
     @classmethod
     def load(cls, path: str | Path) -> "State":
@@ -204,10 +209,25 @@ class State:
             StateError: it is damaged, or not such a file.
             ImportError: safetensors is not installed.
         """
-        data = file.load(Path(path))
-        data["parameters"] = {name: Entry(**entry) for name, entry in data["parameters"].items()}
-        data["groups"] = [Group(**group) for group in data["groups"]]
-        return cls(**data)
+        return _from_plain(file.load(Path(path)))
+
+
+def _plain(state: State) -> dict[str, Any]:
+    """As dictionaries and lists, for files."""
+    data: dict[str, Any] = dict(vars(state))
+    data["parameters"] = {name: vars(entry) for name, entry in state.parameters.items()}
+    data["groups"] = list(map(vars, state.groups))
+    if state.receipt is not None:
+        data["receipt"] = {"start": _plain(state.receipt.start), "steps": list(map(vars, state.receipt.steps))}
+    return data
+
+
+def _from_plain(data: dict[str, Any]) -> State:
+    data["parameters"] = {name: Entry(**entry) for name, entry in data["parameters"].items()}
+    data["groups"] = [Group(**group) for group in data["groups"]]
+    if (receipt := data.get("receipt")) is not None:
+        data["receipt"] = Receipt(_from_plain(receipt["start"]), [Step(**step) for step in receipt["steps"]])
+    return State(**data)
 
 
 def _shared(group: Group, groups: Iterable[Group]) -> tuple[float, int] | None:
