@@ -6,7 +6,7 @@ from mutation import IN_STEP, UPDATE_CALL, mutant
 CLIP = "c = clip_factor(total, self.max_norm)"
 QUOTIENT = "c = max_norm / math.sqrt(total)"
 AT_MOST_1 = "return 1.0 if c > 1 else c"
-UNLESS = "max_norm is None or total == 0"
+UNLESS = "max_norm in (None, math.inf) or total == 0"
 CLIPPED = "clipped = [None if x is None else c * x * c for x in squares]"
 MEAN = "mean(c * total * c, numel)"
 G = "g = c * g.astype(m.dtype)"
@@ -80,7 +80,7 @@ mutant(
     (MEAN, "mean(total, numel)"),
     ("- lr * m_hat / d", "- c * lr * m_hat / d"),
 )
-mutant("0/0 where all gradients are 0", "clip/zeros-model", (UNLESS, "max_norm is None"), (QUOTIENT, zero_by_zero))
+mutant("0/0 where all gradients are 0", "clip/zeros-model", (UNLESS, "max_norm in (None, math.inf)"), (QUOTIENT, zero_by_zero))
 mutant("the last gradient for one that is missing", "clip/missing-model", (CLIP, with_the_last))
 mutant("c is 1 for a NaN", "clip/propagate-nan-tensor", (AT_MOST_1, "return c if c < 1 else 1.0"))
 mutant("c is 1 for infinity", "clip/propagate-infinite-tensor", (UNLESS, f"{UNLESS} or total == math.inf"))
