@@ -80,7 +80,12 @@ mutant(
     (MEAN, "mean(total, numel)"),
     ("- lr * m_hat / d", "- c * lr * m_hat / d"),
 )
-mutant("0/0 where all gradients are 0", "clip/zeros-model", (UNLESS, "max_norm in (None, math.inf)"), (QUOTIENT, zero_by_zero))
+mutant(
+    "0/0 where all gradients are 0",
+    "clip/zeros-model",
+    (UNLESS, "max_norm in (None, math.inf)"),
+    (QUOTIENT, zero_by_zero),
+)
 mutant("the last gradient for one that is missing", "clip/missing-model", (CLIP, with_the_last))
 mutant("c is 1 for a NaN", "clip/propagate-nan-tensor", (AT_MOST_1, "return c if c < 1 else 1.0"))
 mutant("c is 1 for infinity", "clip/propagate-infinite-tensor", (UNLESS, f"{UNLESS} or total == math.inf"))

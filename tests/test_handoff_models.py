@@ -37,14 +37,25 @@ def alone(row: str, framework: str) -> tuple[State, State, State]:
     return begin, middle, trained(row, framework, middle, range(2, 4))
 
 
+# Rows that between them cut, join, stack and order arrays in every way; the others are for `make slow`.
+QUICK = (
+    "attention",
+    "transformer encoder layer",
+    "LSTM, 2 layers in both directions",
+    "GRU, two biases",
+    "GRU, one bias",
+)
+
+
 def case(row: str, *pair: str) -> Any:
-    """What JAX would compile for Keras again, and most rows on a second backend of Keras, are for `make slow`."""
+    """What JAX would compile for Keras again, and every row on a second backend of Keras, are for `make slow`."""
     marks = [pytest.mark.keras] if "keras" in pair else []
     elsewhere = os.environ["KERAS_BACKEND"] != "tensorflow" and row not in (
         "transformer encoder layer",
         "GRU, two biases",
     )
-    if "keras" in pair and (elsewhere or ("jax" in pair and "torch" in ROWS[row].build)):
+    jax_as_well = "jax" in pair and "torch" in ROWS[row].build
+    if row not in QUICK or ("keras" in pair and (elsewhere or jax_as_well)):
         marks.append(pytest.mark.slow)
     return pytest.param(row, *pair, id=f"{row}: {'-'.join(pair)}", marks=marks)
 
