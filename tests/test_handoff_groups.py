@@ -72,15 +72,12 @@ def by_the_rule(groups: str, scope: Any, steps: int) -> dict[str, Any]:
     return dict(zip(order, (p for group in rule.groups for p in group.params), strict=True))
 
 
-def in_torch(state: State, steps: range) -> State:
+def gone_on(named: dict[str, Any], optimizer: Any, state: State, steps: range) -> State:
+    """What comes of a state in torch."""
     import torch
 
-    from ada2ms.torch import Ada2MS, arguments, export_state, import_state, param_groups
+    from ada2ms.torch import export_state, import_state
 
-    named = {name: torch.zeros(shape, dtype=torch.float64).requires_grad_() for name, shape in SHAPES.items()}
-    options = arguments(state)
-    params = param_groups(named, options.pop("groups"), options["lr"], options["betas"])
-    optimizer = Ada2MS(params, **options)
     import_state(named, optimizer, state)
     for step in steps:
         for name, p in named.items():
@@ -89,11 +86,23 @@ def in_torch(state: State, steps: range) -> State:
     return export_state(named, optimizer)
 
 
+def in_torch(state: State, steps: range) -> State:
+    import torch
+
+    from ada2ms.torch import Ada2MS, arguments, param_groups
+
+    named = {name: torch.zeros(shape, dtype=torch.float64).requires_grad_() for name, shape in SHAPES.items()}
+    options = arguments(state)
+    params = param_groups(named, options.pop("groups"), options["lr"], options["betas"])
+    optimizer = Ada2MS(params, **options)
+    return gone_on(named, optimizer, state, steps)
+
+
 def as_the_trainer_has_it(state: State, steps: range) -> State:
     """In torch with groups that were made of parameters, by no names, as Hugging Face's Trainer does it."""
     import torch
 
-    from ada2ms.torch import Ada2MS, export_state, import_state
+    from ada2ms.torch import Ada2MS
 
     named = {name: torch.zeros(shape, dtype=torch.float64).requires_grad_() for name, shape in SHAPES.items()}
     no_decay = [name for name in named if "bias" in name or "norm" in name]
@@ -102,12 +111,7 @@ def as_the_trainer_has_it(state: State, steps: range) -> State:
         {"params": [p for name, p in named.items() if name in no_decay], "weight_decay": 0.0},
     ]
     optimizer = Ada2MS(groups, lr=LR, adaptivity=0.25, scope=state.scope, **CHOICES)
-    import_state(named, optimizer, state)
-    for step in steps:
-        for name, p in named.items():
-            p.grad = torch.tensor(gradient(name, step))
-        optimizer.step()
-    return export_state(named, optimizer)
+    return gone_on(named, optimizer, state, steps)
 
 
 def in_jax(state: State, steps: range) -> State:

@@ -1,14 +1,13 @@
 """What people change in mid-run: types, the default dtype, the scope; live groups saved; repeated parameters."""
 
 import copy
-import io
 import json
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
-from torch_support import shared_numbers
+from torch_support import saved_and_loaded, shared_numbers
 
 from ada2ms import core
 from ada2ms.torch import Ada2MS, export_state, import_state
@@ -223,10 +222,7 @@ def test_groups_that_come_to_differ(name: str) -> None:
 def test_live_groups_are_saved_with_their_schedules(adaptivity: Any) -> None:
     """As Lightning's BaseFinetuning, SAM and torch's ZeroRedundancyOptimizer do."""
     optimizer = Ada2MS(parameters(), adaptivity=adaptivity)
-    file = io.BytesIO()
-    torch.save([{k: x for k, x in group.items() if k != "params"} for group in optimizer.param_groups], file)
-    file.seek(0)
-    (group,) = torch.load(file, weights_only=True)
+    (group,) = saved_and_loaded([{k: x for k, x in group.items() if k != "params"} for group in optimizer.param_groups])
     assert group["adaptivity"] == adaptivity
     assert Ada2MS([{**group, "params": parameters()}]).param_groups[0]["adaptivity"] == adaptivity
 

@@ -1,7 +1,6 @@
 """`compensated` in torch: its slot saved, restored, copied, taken over, and what people change in mid-run."""
 
 import copy
-import io
 import pickle
 from pathlib import Path
 from typing import Any
@@ -10,7 +9,7 @@ import pytest
 import torch
 from test_torch_compensated import DTYPES, PATHS, compensation, give_gradients, held, parameters
 from torch import nn
-from torch_support import random
+from torch_support import random, saved_and_loaded
 
 from ada2ms import core
 from ada2ms.core.state import State, StateError
@@ -25,13 +24,6 @@ def train(params: list[nn.Parameter], optimizer: torch.optim.Optimizer, steps: r
     for step in steps:
         give_gradients(params, step)
         optimizer.step()
-
-
-def save_and_load(state_dict: dict[str, Any]) -> Any:
-    file = io.BytesIO()
-    torch.save(state_dict, file)
-    file.seek(0)
-    return torch.load(file, weights_only=True)
 
 
 def assert_identical(params: list[nn.Parameter], optimizer: Ada2MS, others: list[nn.Parameter], other: Ada2MS) -> None:
@@ -52,7 +44,7 @@ def test_resuming_continues_bit_for_bit(options: dict[str, Any], dtype: torch.dt
     train(params, optimizer, range(3))
     resumed = copy.deepcopy(params)
     other = Ada2MS(resumed)
-    other.load_state_dict(save_and_load(optimizer.state_dict()))
+    other.load_state_dict(saved_and_loaded(optimizer.state_dict()))
     assert other.param_groups[0]["compensated"] is True
     for p in resumed:
         assert other.state[p]["exp_avg"].dtype == torch.float32
@@ -82,7 +74,7 @@ def test_a_state_without_it_starts_at_zero(source: Any, dtype: torch.dtype) -> N
     plain = source(params, lr=1e-4)
     train(params, plain, range(3))
     optimizer = Ada2MS(params, **GIVEN)
-    optimizer.load_state_dict(save_and_load(plain.state_dict()))
+    optimizer.load_state_dict(saved_and_loaded(plain.state_dict()))
     assert optimizer.param_groups[0]["compensated"] is True
     for p in params:
         if p.dtype == dtype:

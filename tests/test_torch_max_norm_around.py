@@ -2,7 +2,6 @@
 
 import copy
 import importlib.util
-import io
 import math
 import pickle
 from collections.abc import Callable
@@ -16,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn.utils import clip_grad_norm_
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from torch_support import assert_same, pair, parameter, random, train
+from torch_support import assert_same, pair, parameter, random, saved_and_loaded, train
 
 from ada2ms.core import golden
 from ada2ms.torch import Ada2MS, export_state
@@ -146,10 +145,7 @@ def test_what_is_kept_is_a_plain_number(value: Any) -> None:
     for groups in ([{"params": [parameter(3)]}], [{"params": [parameter(3)], "max_norm": value, "compensated": 1}]):
         optimizer = Ada2MS(groups, max_norm=value, compensated=True)
         train(optimizer, range(2))
-        file = io.BytesIO()
-        torch.save(optimizer.state_dict(), file)
-        file.seek(0)
-        group = torch.load(file, weights_only=True)["param_groups"][0]
+        group = saved_and_loaded(optimizer.state_dict())["param_groups"][0]
         assert (type(group["max_norm"]), group["max_norm"], group["compensated"]) == (float, 2.0, True)
         optimizer.param_groups[0]["max_norm"] = value
         state = export_state({"p": groups[0]["params"][0]}, optimizer)

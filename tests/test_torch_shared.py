@@ -4,7 +4,6 @@ What a run should be is told by runs without the treatment, by the NumPy rule, a
 """
 
 import copy
-import io
 import pickle
 from collections.abc import Callable
 from pathlib import Path
@@ -14,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
-from torch_support import shared_numbers
+from torch_support import saved_and_loaded, shared_numbers
 
 from ada2ms import core
 from ada2ms.torch import Ada2MS, export_state, import_state
@@ -229,13 +228,6 @@ WAYS: dict[str, Callable[[Any], Any]] = {
     "pickle": lambda x: pickle.loads(pickle.dumps(x)),
     "torch.save": lambda x: saved_and_loaded(x, weights_only=False),
 }
-
-
-def saved_and_loaded(x: Any, weights_only: bool = True) -> Any:
-    file = io.BytesIO()
-    torch.save(x, file)
-    file.seek(0)
-    return torch.load(file, weights_only=weights_only)
 
 
 @pytest.mark.parametrize("scope", ["model", "tensor"])

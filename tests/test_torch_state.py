@@ -1,7 +1,6 @@
 """The torch optimizer's state: saved, restored, copied, and taken over from AdamW."""
 
 import copy
-import io
 import pickle
 from typing import Any
 
@@ -9,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
-from torch_support import shared_numbers
+from torch_support import saved_and_loaded, shared_numbers
 
 from ada2ms import core
 from ada2ms.torch import Ada2MS, export_state, import_state
@@ -28,13 +27,6 @@ def train(params: list[nn.Parameter], optimizer: torch.optim.Optimizer, steps: r
         for p in params:
             p.grad = torch.randn(p.shape, generator=generator, dtype=p.dtype)
         optimizer.step()
-
-
-def save_and_load(state_dict: dict[str, Any]) -> Any:
-    file = io.BytesIO()
-    torch.save(state_dict, file)
-    file.seek(0)
-    return torch.load(file, weights_only=True)
 
 
 def identical(left: Any, right: Any) -> None:
@@ -66,7 +58,7 @@ def test_resuming_continues_bit_for_bit(adaptivity: Any, options: dict[str, Any]
     options = {"adaptivity": adaptivity, "scope": scope, **options}
     optimizer = Ada2MS([{"params": params[:2]}, {"params": params[2:], "betas": (0.8, 0.9)}], **options)
     train(params, optimizer, range(3))
-    saved = save_and_load(optimizer.state_dict())
+    saved = saved_and_loaded(optimizer.state_dict())
     resumed = copy.deepcopy(params)
     other = Ada2MS([{"params": resumed[:2], "lr": 7.0}, {"params": resumed[2:]}], **{**options, "adaptivity": 0.0})
     other.load_state_dict(saved)
@@ -98,7 +90,7 @@ def test_a_callable_is_not_saved() -> None:
     """Code is not data: the optimizer that loads keeps its own callable."""
     p = nn.Parameter(torch.ones(3))
     mine, yours = (lambda count: 0.25), (lambda count: 0.75)
-    saved = save_and_load(Ada2MS([p], adaptivity=mine).state_dict())
+    saved = saved_and_loaded(Ada2MS([p], adaptivity=mine).state_dict())
     assert saved["param_groups"][0]["adaptivity"] is None
     optimizer = Ada2MS([p], adaptivity=yours)
     optimizer.load_state_dict(saved)
@@ -129,7 +121,7 @@ def test_from_adamw(scope: Any) -> None:
     adamw = torch.optim.AdamW([{"params": params[:1]}, {"params": params[1:], "lr": 0.5}], weight_decay=0.25)
     train(params[:2], adamw, range(4))
     optimizer = Ada2MS([{"params": params[:1]}, {"params": params[1:]}], adaptivity=0.3, scope=scope)
-    optimizer.load_state_dict(save_and_load(adamw.state_dict()))
+    optimizer.load_state_dict(saved_and_loaded(adamw.state_dict()))
     v = [adamw.state[params[0]]["exp_avg_sq"], torch.view_as_real(adamw.state[params[1]]["exp_avg_sq"])]
     for i, group in enumerate(optimizer.param_groups):
         assert (group["weight_decay"], group["adaptivity"], group["scope"]) == (0.25, 0.3, scope)

@@ -1,5 +1,6 @@
 """What tests of the torch backend share."""
 
+import io
 from typing import Any
 
 import numpy as np
@@ -76,3 +77,11 @@ def assert_same(left: list[nn.Parameter], right: list[nn.Parameter], bound: floa
     for p, q in zip(left, right, strict=True):
         if p.numel():
             assert (p.double().cpu() - q.double().cpu()).abs().max() <= bound * q.double().abs().max().cpu()
+
+
+def saved_and_loaded(x: Any, weights_only: bool = True) -> Any:
+    """What a file gives back; with weights only it is read without running anything."""
+    file = io.BytesIO()
+    torch.save(x, file)
+    file.seek(0)
+    return torch.load(file, weights_only=weights_only)

@@ -1,6 +1,7 @@
-"""Arguments of the command line: from text to values, or an error that says what is allowed."""
+"""What commands have in common: arguments from text to values, and errors in one line."""
 
 import argparse
+import sys
 from collections.abc import Callable
 from dataclasses import fields
 
@@ -37,3 +38,18 @@ def whole_number(argument: str, smallest: int) -> Callable[[str], int]:
         return int(text)
 
     return read
+
+
+def reported(
+    action: Callable[[argparse.Namespace], int], *errors: type[Exception]
+) -> Callable[[argparse.Namespace], int]:
+    """The action of a command, with these errors in one line and the exit status 2."""
+
+    def run(arguments: argparse.Namespace) -> int:
+        try:
+            return action(arguments)
+        except errors as error:
+            print(error, file=sys.stderr)
+            return 2
+
+    return run

@@ -10,13 +10,13 @@ or s that differ, since their order is not kept: for these, load them as usual a
 
 import argparse
 import json
-import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from ada2ms.cli.arguments import reported
 from ada2ms.core.state import Array, State, StateError
 
 _KINDS = {
@@ -41,18 +41,18 @@ def add(commands: Any) -> None:
     files = "a state (.safetensors), or a checkpoint of torch (.pt, .pth), Keras (.keras), flax (.msgpack) or Orbax"
 
     command = actions.add_parser("show", help="what a file holds")
-    command.set_defaults(run=_reported(show))
+    command.set_defaults(run=reported(show, StateError, OSError, ImportError))
     command.add_argument("file", type=Path, help=files)
 
     command = actions.add_parser("diff", help="how far two states are from each other; exit status 0 if they are equal")
-    command.set_defaults(run=_reported(diff))
+    command.set_defaults(run=reported(diff, StateError, OSError, ImportError))
     command.add_argument("file", type=Path, help=files)
     command.add_argument("other", type=Path, help=files)
 
     command = actions.add_parser(
         "convert", help="from torch, Keras or JAX to a state, or from a state or Keras to torch"
     )
-    command.set_defaults(run=_reported(convert))
+    command.set_defaults(run=reported(convert, StateError, OSError, ImportError))
     command.add_argument("file", type=Path, help=files)
     command.add_argument("to", type=Path, help="a state (.safetensors), or a checkpoint of torch (.pt, .pth)")
     for action in actions.choices.values():
@@ -169,20 +169,6 @@ def convert(arguments: argparse.Namespace) -> int:
 def _print_notes(state: State) -> None:
     for note in state.notes:
         print(f"note        {note}")
-
-
-def _reported(command: Any) -> Any:
-    """The command, with exit status 2 and a sentence for what cannot be done."""
-
-    def run(arguments: argparse.Namespace) -> int:
-        try:
-            status: int = command(arguments)
-        except (StateError, OSError, ImportError) as error:
-            print(error, file=sys.stderr)
-            return 2
-        return status
-
-    return run
 
 
 def _read(file: Path, names: Path | None) -> State:

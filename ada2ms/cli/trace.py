@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from ada2ms._extras import require_all
+from ada2ms.cli.arguments import reported
 from ada2ms.core.trace import Trace, TraceError, Verdict, diff, judge
 
 _LONG = 2000  # steps from which on progress is shown
@@ -29,11 +30,11 @@ def add(commands: Any) -> None:
     actions = parser.add_subparsers(required=True)
 
     command = actions.add_parser("show", help="what a trace holds")
-    command.set_defaults(run=_reported(show))
+    command.set_defaults(run=reported(show, TraceError, OSError))
     command.add_argument("file", type=Path, help="a trace")
 
     command = actions.add_parser("diff", help="the first step and stage at which B is another run than A, and why")
-    command.set_defaults(run=_reported(compare))
+    command.set_defaults(run=reported(compare, TraceError, OSError))
     command.add_argument("file", type=Path, metavar="A", help="a trace")
     command.add_argument("other", type=Path, metavar="B", help="a trace of what should be the same run")
     command.add_argument(
@@ -50,7 +51,7 @@ def add(commands: Any) -> None:
     command.add_argument("--picture", type=Path, metavar="FILE", help="draw where and by how much they differ")
 
     command = actions.add_parser("judge", help="whether the updates of a run are those of its optimizer's rule")
-    command.set_defaults(run=_reported(acquit))
+    command.set_defaults(run=reported(acquit, TraceError, OSError))
     command.add_argument("file", type=Path, help="a trace")
     for action in actions.choices.values():
         action.add_argument("--json", action="store_true", help="print JSON instead of text")
@@ -152,16 +153,3 @@ class _progress:  # noqa: N801  # a context, as `open` is
     def _tell(done: int, steps: int) -> None:
         if done % 100 == 0 or done == steps:
             print(f"\r{done} of {steps} steps", end="", file=sys.stderr, flush=True)
-
-
-def _reported(action: Callable[[argparse.Namespace], int]) -> Callable[[argparse.Namespace], int]:
-    """With what cannot be read, or written, in one line, and the exit status 2."""
-
-    def run(arguments: argparse.Namespace) -> int:
-        try:
-            return action(arguments)
-        except (TraceError, OSError) as error:
-            print(error, file=sys.stderr)
-            return 2
-
-    return run

@@ -4,6 +4,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 
 def compute_dtype(*arrays: Any) -> Any:
@@ -42,6 +43,12 @@ def zeros_like(p: Any, dtype: Any) -> jax.Array:
     if is_complex(p) and not jnp.iscomplexobj(zeros):
         return jnp.stack([zeros, zeros])
     return zeros
+
+
+def numpy(x: Any) -> Any:
+    """A copy as an array of NumPy; 16 bits as float32."""
+    array = np.array(x)
+    return array if array.dtype.itemsize >= 4 else array.astype(np.float32)
 
 
 def is_complex(x: Any) -> bool:

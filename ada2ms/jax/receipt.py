@@ -6,7 +6,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax  # type: ignore[import-untyped]
 
 from ada2ms.core.state import (
@@ -24,6 +23,7 @@ from ada2ms.core.state import (
     portable_gradients,
     verified,
 )
+from ada2ms.jax.dtypes import numpy
 from ada2ms.jax.names import by_path, flatten
 from ada2ms.jax.state import CompensatedAda2MSState, ScaleByAda2MSState
 from ada2ms.jax.wrappers import the_node
@@ -122,11 +122,6 @@ def _replay(
         updates, opt_state = update(_tree(params, recorded, known), opt_state, params)
         params = jax.tree.map(_updated, params, updates, is_leaf=lambda x: x is None)
     return transfer.out_of(params, opt_state)
-
-
-def numpy(x: Any) -> Any:
-    array = np.array(x)
-    return array if array.dtype.itemsize >= 4 else array.astype(np.float32)
 
 
 def _plain(tree: Any) -> Any:

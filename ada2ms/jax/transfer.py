@@ -35,8 +35,9 @@ from ada2ms.core.state import (
     without_moments,
 )
 from ada2ms.core.state import arguments as portable_arguments
+from ada2ms.jax.dtypes import numpy
 from ada2ms.jax.names import by_path, flatten
-from ada2ms.jax.receipt import Gradients, numpy, verification
+from ada2ms.jax.receipt import Gradients, verification
 from ada2ms.jax.state import CompensatedAda2MSState, ScaleByAda2MSState
 from ada2ms.jax.wrappers import left_behind, rewritten, the_node
 

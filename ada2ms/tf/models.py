@@ -11,12 +11,23 @@ Variable = Any
 Model: TypeAlias = keras.Model | Sequence[Variable]
 
 
+def variables_of(model: Model) -> Sequence[Variable]:
+    """All of a model's, or those that are given in its place."""
+    found: Sequence[Variable] = model.variables if isinstance(model, keras.Model) else model
+    return found
+
+
+def trainable_variables_of(model: Model) -> Sequence[Variable]:
+    """Those of a model that are trained, or those that are given in its place."""
+    found: Sequence[Variable] = model.trainable_variables if isinstance(model, keras.Model) else model
+    return found
+
+
 def variables_by_path(model: Model, optimizer: keras.optimizers.Optimizer) -> dict[str, tuple[int, Variable]]:
     """By path: index in the optimizer, and variable, of all that it updates, whether or not they are frozen by now."""
-    given = model.variables if isinstance(model, keras.Model) else model
     index = {id(v): i for i, v in enumerate(optimizer._trainable_variables) if optimizer._momentums[i] is not None}
     found: dict[str, tuple[int, Variable]] = {}
-    for v in given:
+    for v in variables_of(model):
         if id(v) in index:
             if v.path in found:
                 raise StateError("The model does not fit", [f"two variables have the path {v.path!r}"])
@@ -30,15 +41,14 @@ def variables_by_path(model: Model, optimizer: keras.optimizers.Optimizer) -> di
 def unknown_variables(model: Model, optimizer: keras.optimizers.Optimizer) -> list[str]:
     """Notes of variables that are trained, or given, and of which this optimizer has nothing."""
     known = {id(v) for v in optimizer._trainable_variables}
-    given = model.trainable_variables if isinstance(model, keras.Model) else model
-    unknown = [v.path for v in given if id(v) not in known]
+    unknown = [v.path for v in trainable_variables_of(model) if id(v) not in known]
     return [f"{path!r} is not among the variables that the optimizer was built with" for path in unknown]
 
 
 def beside_optimizer(model: Model, optimizer: keras.optimizers.Optimizer) -> dict[str, Variable]:
     """By path: the variables of a model that the optimizer has no moments of."""
     own = {id(v) for v, m in zip(optimizer._trainable_variables, optimizer._momentums, strict=True) if m is not None}
-    return {v.path: v for v in (model.variables if isinstance(model, keras.Model) else model) if id(v) not in own}
+    return {v.path: v for v in variables_of(model) if id(v) not in own}
 
 
 def without_any_moments(model: Model, optimizer: keras.optimizers.Optimizer) -> list[str]:
@@ -51,4 +61,4 @@ def without_any_moments(model: Model, optimizer: keras.optimizers.Optimizer) -> 
 
 
 def model_paths(model: Model) -> list[str]:
-    return [v.path for v in (model.variables if isinstance(model, keras.Model) else model)]
+    return [v.path for v in variables_of(model)]

@@ -23,7 +23,8 @@ from ada2ms.core.state import (
     portable_gradients,
     verified,
 )
-from ada2ms.tf.models import Model, Variable, model_paths
+from ada2ms.tf.dtypes import to_dense
+from ada2ms.tf.models import Model, Variable, model_paths, trainable_variables_of, variables_of
 from ada2ms.tf.optimizer import Ada2MS
 
 Gradients = Callable[[Any, Step], Sequence[Any]] | None
@@ -94,9 +95,9 @@ def _replay(
         StateError: the steps cannot be made.
         StepLostError: of `gradients`.
     """
-    with _restored([*optimizer.variables, *_variables(model)]):
+    with _restored([*optimizer.variables, *variables_of(model)]):
         transfer.into(model, optimizer, start)
-        variables = {v.path: v for v in _variables(model)}
+        variables = {v.path: v for v in variables_of(model)}
         for recorded in steps:
             if recorded.step.lr is not None:
                 _set_rate(optimizer, recorded.step.lr)
@@ -129,21 +130,13 @@ def _set_rate(optimizer: keras.optimizers.Optimizer, lr: float) -> None:
         raise StateError("The steps cannot be made", [reason]) from None
 
 
-def _variables(model: Model) -> Sequence[Variable]:
-    every: Sequence[Variable] = model.variables if isinstance(model, keras.Model) else model
-    return every
-
-
 def _of_variables(model: Model, gradients: Sequence[Any]) -> dict[str, Any]:
     """Gradients as arrays, by the paths of the variables that they are of."""
-    variables = list(model.trainable_variables if isinstance(model, keras.Model) else model)
+    variables = trainable_variables_of(model)
     if len(variables) != len(gradients):
         problem = f"there are {len(gradients)} gradients (must be {len(variables)}, one for each trainable variable)"
         raise StateError("The gradients do not fit", [problem])
-    return {v.path: None if g is None else _numpy(g) for v, g in zip(variables, gradients, strict=True)}
-
-
-def _numpy(g: Any) -> Any:
-    dtype = keras.backend.standardize_dtype(g.dtype)
-    dense = ops.convert_to_numpy(g)  # IndexedSlices of TensorFlow, too
-    return dense.astype("float32") if dtype in ("float16", "bfloat16") else dense
+    return {
+        v.path: None if g is None else ops.convert_to_numpy(to_dense(g))
+        for v, g in zip(variables, gradients, strict=True)
+    }

@@ -39,6 +39,7 @@ from ada2ms.tf.models import (
     Variable,
     beside_optimizer,
     model_paths,
+    trainable_variables_of,
     unknown_variables,
     variables_by_path,
     without_any_moments,
@@ -166,7 +167,7 @@ def import_state(
     """
     check_verify(verify)
     wrapper, optimizer = optimizer, _inner(optimizer)
-    optimizer.build(list(model.trainable_variables if isinstance(model, keras.Model) else model))
+    optimizer.build(list(trainable_variables_of(model)))
     variables, beside = variables_by_path(model, optimizer), beside_optimizer(model, optimizer)
     targets = {path: _target(optimizer, i, v) for path, (i, v) in variables.items()}
     fitted = from_portable(

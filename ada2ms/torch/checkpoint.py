@@ -10,8 +10,9 @@ import torch
 from ada2ms.core.atomic import write_whole
 from ada2ms.core.schedules import AdaptivitySchedule
 from ada2ms.core.state import Array, State, StateError
+from ada2ms.torch.numbers import numpy, tensor
 from ada2ms.torch.shared import CHOICES, leave_out_defaults
-from ada2ms.torch.transfer import from_state_dict, numpy, set_shared_numbers, tensor, to_state
+from ada2ms.torch.transfer import from_state_dict, set_shared_numbers, to_state
 
 _OPTIMIZER: Final = ("optimizer", "optimizer_state_dict", "optimizer_states")
 _MODEL: Final = ("model", "model_state_dict", "state_dict")

@@ -1,7 +1,8 @@
-"""Types and places of the state: moments, and counts in 0-d tensors."""
+"""Types and places of the state: moments, and counts in 0-d tensors; to NumPy and back."""
 
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -57,3 +58,15 @@ def count(value: Any, dtype: torch.dtype, device: torch.device | str | None = No
         own: Tensor = value.detach().to(device or value.device, dtype, copy=True)
         return own
     return torch.tensor(float(value), dtype=dtype, device=device or "cpu")
+
+
+def numpy(tensor: Tensor) -> Any:
+    """A copy as an array, dense, and at least float32 if it is not of integers."""
+    counts = not (tensor.is_floating_point() or tensor.is_complex())
+    wide = tensor.detach().to_dense().to("cpu", tensor.dtype if counts else compute_dtype(tensor.dtype))
+    return np.array(wide.resolve_conj().resolve_neg().numpy())
+
+
+def tensor(array: Any) -> Tensor:
+    """A tensor of its own, contiguous."""
+    return torch.tensor(np.ascontiguousarray(array).reshape(array.shape))

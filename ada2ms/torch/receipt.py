@@ -5,7 +5,6 @@ from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -25,7 +24,7 @@ from ada2ms.core.state import (
     verified,
 )
 from ada2ms.torch.groups import named_parameters
-from ada2ms.torch.numbers import compute_dtype
+from ada2ms.torch.numbers import numpy, tensor
 from ada2ms.torch.optimizer import Ada2MS
 
 Model = nn.Module | Mapping[str, Tensor]
@@ -59,8 +58,7 @@ def export_gradients(
     for group in optimizer.param_groups:
         for p in group["params"]:
             if p.grad is not None and p in called:
-                g = p.grad.to_dense() if p.grad.is_sparse else p.grad
-                array = np.array(g.detach().to("cpu", compute_dtype(g.dtype)).numpy())
+                array = numpy(p.grad)
                 found[called[p]] = -array if group.get("maximize") else array
     return portable_gradients(found, names, axes, list(called.values()))
 
@@ -118,16 +116,11 @@ def _replay(
         if gradients is not None:
             _set_gradients(optimizer, {})
             gradients(model, recorded.step)
-            recorded.compare({name: _gradient(named[name]) for name in recorded.gradients})
+            grads = {name: named[name].grad for name in recorded.gradients}
+            recorded.compare({name: None if g is None else numpy(g) for name, g in grads.items()})
         _set_gradients(optimizer, {named[name]: g for name, g in recorded.gradients.items()})
         optimizer.step()
     return transfer.out_of(model, optimizer)
-
-
-def _gradient(p: Tensor) -> Any:
-    if p.grad is None:
-        return None
-    return np.array(p.grad.detach().to_dense().to("cpu", compute_dtype(p.dtype)).numpy())
 
 
 def _set_gradients(optimizer: torch.optim.Optimizer, gradients: Mapping[Tensor, Any]) -> None:
@@ -136,7 +129,7 @@ def _set_gradients(optimizer: torch.optim.Optimizer, gradients: Mapping[Tensor, 
             p.grad = None
             if p in gradients:
                 g = -gradients[p] if group.get("maximize") else gradients[p]
-                p.grad = torch.tensor(np.ascontiguousarray(g).reshape(g.shape)).to(p.device, p.dtype)
+                p.grad = tensor(g).to(p.device, p.dtype)
 
 
 def _set_rate(optimizer: torch.optim.Optimizer, rates: Sequence[float], step: Step) -> None:

@@ -27,7 +27,7 @@ from ada2ms.core.state import Axes, Extras, Names
 from ada2ms.core.trace import Parameter, Step, TraceError, Writer
 from ada2ms.core.trace.model import empty_sketches, resolve, sample
 from ada2ms.core.trace.writer import DEFAULT_ENTRIES, DEFAULT_FLUSH, DEFAULT_FULL
-from ada2ms.torch.numbers import number
+from ada2ms.torch.numbers import number, numpy
 from ada2ms.torch.sketches import Sketcher
 
 _HOW = {"params", "foreach", "capturable", "differentiable", "fused", "param_names", "maximize"}  # no part of a rule
@@ -193,7 +193,7 @@ class Recorder:
         for parameter, x in zip(self._parameters, tensors, strict=True):
             if x is not None:
                 whole = x.full_tensor() if hasattr(x, "full_tensor") else x
-                found[parameter.name] = sample(_numpy(whole).copy(), parameter, self._writer.entries)
+                found[parameter.name] = sample(numpy(whole), parameter, self._writer.entries)
         return found
 
     def _flush(self, *, complete: bool = False) -> None:
@@ -297,10 +297,7 @@ def _global_moment(optimizer: torch.optim.Optimizer) -> Tensor | None:
 
 
 def _numpy(x: Any) -> Any:
-    if isinstance(x, Tensor):
-        x = x.detach().cpu()
-        return (x.float() if x.dtype in (torch.bfloat16, torch.float16) else x.resolve_conj().resolve_neg()).numpy()
-    return np.asarray(x)
+    return numpy(x) if isinstance(x, Tensor) else np.asarray(x)
 
 
 def _host(x: Tensor) -> Any:

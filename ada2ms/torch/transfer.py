@@ -35,7 +35,7 @@ from ada2ms.core.state import arguments as portable_arguments
 from ada2ms.torch import shared
 from ada2ms.torch.groups import named_parameters
 from ada2ms.torch.loading import without_stale
-from ada2ms.torch.numbers import compensation_dtype, compute_dtype
+from ada2ms.torch.numbers import compensation_dtype, compute_dtype, numpy, tensor
 from ada2ms.torch.optimizer import Ada2MS
 from ada2ms.torch.receipt import Gradients, Model, verification
 
@@ -317,17 +317,6 @@ def _dtypes(p: Tensor, ours: bool, group: dict[str, Any]) -> dict[str, str]:
     if ours and shared.choice(group, "compensated") and (dtype := compensation_dtype(p.dtype)) is not None:
         names[shared.COMPENSATION] = dtype
     return {slot: str(dtype).removeprefix("torch.") for slot, dtype in names.items()}
-
-
-def numpy(tensor: Tensor) -> Any:
-    """A copy, at least float32 if it is not of integers."""
-    counts = not (tensor.is_floating_point() or tensor.is_complex())
-    return np.array(tensor.detach().to("cpu", tensor.dtype if counts else compute_dtype(tensor.dtype)).numpy())
-
-
-def tensor(array: Any) -> Tensor:
-    """A tensor of its own, contiguous."""
-    return torch.tensor(np.ascontiguousarray(array).reshape(array.shape))
 
 
 def _shared_numbers(state_dict: Mapping[str, Any]) -> tuple[list[tuple[float | None, int]], int]:

@@ -155,10 +155,10 @@ def check_verify(verify: Any) -> None:
 def portable_gradients(
     gradients: Mapping[str, Array], names: Names, axes: Axes, others: Collection[str] = ()
 ) -> dict[str, Array]:
-    """Gradients of a framework by the state's names and in its layout, at least in float32; for a receipt.
+    """Gradients of a framework by the state's names and in its layout, for a receipt.
 
     Args:
-        gradients: by the framework's names.
+        gradients: by the framework's names; at least in float32.
         names: as for `to_portable`.
         axes: as there.
         others: as there.
@@ -173,7 +173,7 @@ def portable_gradients(
     for name, layout in found.items():
         parts = layout.apart({"": gradients[name]})
         moved |= {part: np.array(arrays[""]) for part, arrays in zip(layout.names, parts, strict=True)}
-    return {name: g if g.dtype.itemsize >= 4 else g.astype(np.float32) for name, g in moved.items()}
+    return moved
 
 
 def _reason(state: State, verify: int) -> str:
