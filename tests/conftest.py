@@ -15,16 +15,22 @@ with suppress(ImportError):
     import triton  # noqa: F401  # for torch; after TensorFlow 2.20 or 2.21 it crashes (tensorflow/tensorflow#124205)
 
 
-# Keras on JAX compiles for each of these anew; the golden vectors hold the same rule there in `make test`.
-DEAR_ON_JAX = (
-    "test_handoff_auto",
-    "test_handoff_models",
-    "test_handoff_receipt",
-    "test_keras_clipping",
-    "test_keras_compensated",
-    "test_keras_groups",
-    "test_keras_trace",
-)
+# Files whose tests these backends of Keras compile one by one: there they are for `make slow`.
+DEAR_WHERE_COMPILED = ("test_keras_clipping", "test_keras_compensated", "test_keras_groups")
+DEAR = {
+    "tensorflow": DEAR_WHERE_COMPILED,
+    "jax": (
+        *DEAR_WHERE_COMPILED,
+        "test_handoff_auto",
+        "test_handoff_groups",
+        "test_handoff_models",
+        "test_handoff_receipt",
+        "test_handoff_refused",
+        "test_keras_handoff",
+        "test_keras_trace",
+    ),
+    "torch": (),
+}
 
 
 @pytest.hookimpl(tryfirst=True)
@@ -36,7 +42,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             raise pytest.UsageError(f"{item.nodeid}: `python dev.py test` would not run it; mark it keras or slow")
         if name.startswith(("test_torch", "test_compare", "test_jax")) and "keras" in marks:
             raise pytest.UsageError(f"{item.nodeid}: `python dev.py test` would not run it; keras is for other files")
-        if os.environ["KERAS_BACKEND"] == "jax" and "keras" in marks and name.startswith(DEAR_ON_JAX):
+        if "keras" in marks and name.startswith(DEAR[os.environ["KERAS_BACKEND"]]):
             item.add_marker(pytest.mark.slow)
 
 

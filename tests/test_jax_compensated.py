@@ -233,6 +233,7 @@ def test_the_compensation_decays_too() -> None:
     np.testing.assert_array_equal(whole(optax.apply_updates(params, updates), after)["a"], (1 + 2.0**-9) / 2)
 
 
+@pytest.mark.slow  # `make test` has torch's and Keras'
 def test_a_network_in_bfloat16_follows_its_twin_in_float32() -> None:
     """Over 1000 steps whose updates and decay are below the last digit of most weights: those of the plain network end
     0.98 of the way behind, these 0.01 of it; docs/sixteen_bits.png shows it. Bounds leave room for other machines."""

@@ -49,13 +49,13 @@ def marked(*names: str) -> Any:
 
 
 def replays() -> list[Any]:
-    """Every case in every backend; where Keras is to show its roundings alone, and not the rule, for `make slow`."""
+    """Every case in every backend; where compiled ones and Keras are to show their roundings alone, for `make slow`."""
     found = []
     for name in REPLAYS:
         for case in CASES:
             for dtype in precisions(case):
                 (backend,), marks = marked(name).values, list(marked(name).marks)
-                if backend == "keras" and dtype == "float32" and "float64" in precisions(case):
+                if backend in ("keras", "jax-jit") and dtype == "float32" and "float64" in precisions(case):
                     marks.append(pytest.mark.slow)
                 found.append(pytest.param(case, dtype, backend, id=f"{backend}-{case.id}-{dtype}", marks=marks))
     return found
