@@ -15,8 +15,8 @@ import trace_training
 from trace_faults import adamw, faulty, other, trace
 
 from ada2ms.cli import main
+from ada2ms.core.dialects import KNOWN, Dialect, replay
 from ada2ms.core.trace import Trace, diff, judge
-from ada2ms.core.trace.dialects import KNOWN, Dialect, replay
 from ada2ms.core.trace.explain import explain
 from ada2ms.core.trace.pair import Pair, grain
 

@@ -3,7 +3,7 @@
 `sketch.py` is what remains of a tensor, `file.py` how a trace is stored, `model.py` what it holds, and `writer.py` what
 the recorders of all frameworks share. `walk.py` says where two runs part, by `pair.py`, which lays them side by side,
 `data.py` and `causes.py`, which name what differs, and `explain.py`, which finds the dialect of an optimizer in the
-catalogue, `dialects.py`. `alone.py` does that for one run alone. What they say is a `Verdict`.
+catalogue, `ada2ms.core.dialects`. `alone.py` does that for one run alone. What they say is a `Verdict`.
 """
 
 from ada2ms.core.trace.alone import judge

@@ -1,6 +1,6 @@
 """One run alone: whether its updates follow from its gradients by the rule that its optimizer claims."""
 
-from ada2ms.core.trace.dialects import base
+from ada2ms.core.dialects import base
 from ada2ms.core.trace.explain import Fit, explain, series, spoken
 from ada2ms.core.trace.model import Trace
 from ada2ms.core.trace.verdict import Verdict

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from ada2ms.core.trace.dialects import OWN_HYPER, Dialect, Hyper, base, replay, variants
+from ada2ms.core.dialects import OWN_HYPER, Dialect, Hyper, base, replay, variants
 from ada2ms.core.trace.model import Parameter, Trace
 from ada2ms.core.trace.sketch import Array, precision
 

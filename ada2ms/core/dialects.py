@@ -10,10 +10,11 @@ from dataclasses import dataclass, replace
 from typing import Any, Final
 
 import numpy as np
+from numpy.typing import NDArray
 
 from ada2ms.core.coefficients import bias_correction
-from ada2ms.core.trace.sketch import Array
 
+Array = NDArray[Any]
 Hyper = dict[str, float]
 
 
