@@ -7,8 +7,10 @@ import copy
 import os
 import platform
 import shutil
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -348,22 +350,42 @@ def test_without_a_compiler(missing: str, monkeypatch: pytest.MonkeyPatch, tmp_p
     assert torch.equal(trained[1], trained[2])
 
 
-@needs_compiler
-@pytest.mark.slow
-def test_processes_that_start_together(tmp_path: Path) -> None:
-    """One compiles, the other waits for it; and a later one compiles nothing."""
+def _compiling(folder: Path, **options: Any) -> "subprocess.Popen[str]":
+    """A process that has the extension compiled in this folder, and prints how long it took."""
     code = (
         "import time; from ada2ms.torch.kernels.fused_cpu import extension; t = time.time(); assert extension(); "
         "print(time.time() - t)"
     )
-    environment = {**os.environ, "TORCH_EXTENSIONS_DIR": str(tmp_path), "PYTHONPATH": ":".join(sys.path)}
+    environment = {**os.environ, "TORCH_EXTENSIONS_DIR": str(folder), "PYTHONPATH": ":".join(sys.path)}
     start = [sys.executable, "-W", "error", "-c", code]
-    together = [subprocess.Popen(start, env=environment, stdout=subprocess.PIPE, text=True) for _ in range(2)]
+    return subprocess.Popen(start, env=environment, stdout=subprocess.PIPE, text=True, **options)
+
+
+@needs_compiler
+@pytest.mark.slow
+def test_processes_that_start_together(tmp_path: Path) -> None:
+    """One compiles, the other waits for it; and a later one compiles nothing."""
+    together = [_compiling(tmp_path) for _ in range(2)]
     times = [float(process.communicate(timeout=250)[0]) for process in together]
     assert [process.returncode for process in together] == [0, 0]
-    later = subprocess.run(start, env=environment, stdout=subprocess.PIPE, text=True, check=True)
-    assert float(later.stdout) < min(times) / 2
+    assert float(_compiling(tmp_path).communicate(timeout=250)[0]) < min(times) / 2
     assert len(list(tmp_path.rglob("*.so"))) == 1
+
+
+@needs_compiler
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform == "win32", reason="kills a process and its children by POSIX' signals")
+def test_a_process_that_was_killed_while_it_compiled_holds_nobody_up(tmp_path: Path) -> None:
+    killed = _compiling(tmp_path, start_new_session=True)
+    while not list(tmp_path.rglob("lock")):
+        assert killed.poll() is None
+        time.sleep(0.05)
+    os.killpg(killed.pid, signal.SIGKILL)
+    killed.communicate(timeout=60)
+    assert list(tmp_path.rglob("lock")), "torch's own lock stays, for which torch would wait for ever"
+    after = _compiling(tmp_path)
+    after.communicate(timeout=250)
+    assert after.returncode == 0
 
 
 @pytest.mark.slow

@@ -2,6 +2,7 @@
 
 import functools
 import hashlib
+import os
 import platform
 import sys
 import warnings
@@ -43,6 +44,7 @@ def extension() -> Any:
 
 def _build() -> Any:
     """Compiles and loads fused_cpu.cpp; for named instructions, since machines that differ may share torch's cache."""
+    from filelock import FileLock  # which torch needs itself
     from torch.utils import cpp_extension
 
     source = Path(__file__).with_name("fused_cpu.cpp")
@@ -55,12 +57,12 @@ def _build() -> Any:
         if sys.platform == "linux":
             flags.append("-fopenmp")  # of which torch brings the library
     content = source.read_bytes() + repr((str(source), flags, torch.__version__)).encode()
-    cpp_extension.load(
-        f"ada2ms_{hashlib.sha256(content).hexdigest()[:16]}",  # the cache itself compares but times of files
-        [str(source)],
-        extra_cflags=flags,
-        is_python_module=False,
-    )
+    name = f"ada2ms_{hashlib.sha256(content).hexdigest()[:16]}"  # the cache itself compares but times of files
+    folder = Path(os.environ.get("TORCH_EXTENSIONS_DIR") or cpp_extension.get_default_build_root(), name)
+    folder.mkdir(parents=True, exist_ok=True)
+    with FileLock(folder / "build.lock"):  # the system lets go of it when its process dies, however that happens
+        (folder / "lock").unlink(missing_ok=True)  # torch would wait for ever for a process that was killed
+        cpp_extension.load(name, [str(source)], extra_cflags=flags, build_directory=str(folder), is_python_module=False)
     return torch.ops.ada2ms
 
 
