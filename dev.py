@@ -6,19 +6,23 @@
     quick              in under a minute, while you work: golden vectors in every framework, mutants, imports
     slow               the frameworks' own test-suites, the multi-process tests and the examples
     gpu [options]      tests and benchmarks on a GPU, in one report, by the Python that runs this; see benchmarks/gpu.py
-    setup              only the environment: .venv, with the versions that constraints.txt pins
+    setup              only the environment of the tests: .venv, with the versions that constraints.txt pins
 
-Every other command makes or mends .venv first, and leaves it alone where it is up to date. Tests run in one process for
+Every other command first makes .venv, or adds to it, with what the command uses and nothing else: the demo needs no
+linters, and TensorFlow only where it is asked for (`demo --keras-backends tensorflow`). Tests run in one process for
 each framework, which imports nothing else and compiles once what several tests use; as many processes as there are
 processors run at a time.
 """
 
+import argparse
 import hashlib
 import os
+import re
 import shutil
 import subprocess
 import sys
 import time
+from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from importlib.util import find_spec
@@ -31,6 +35,7 @@ PYTHON = VENV / ("Scripts/python.exe" if os.name == "nt" else "bin/python")
 STAMP = VENV / "up-to-date"
 KERAS_BACKENDS = ("tensorflow", "jax", "torch")
 LABEL = 18  # the width of the labels
+EXTRAS = {"compare": ("compare",), "slow": ("all", "dev", "examples")}  # which commands use; others use all and dev
 TESTS = {  # the files of tests that belong to one framework; all others are for none or for several
     "torch": ("test_torch*.py", "test_compare.py"),
     "jax": ("test_jax*.py",),
@@ -57,18 +62,52 @@ def setup(*extras: str) -> None:
 
     inputs = [(ROOT / name).read_bytes() for name in ("pyproject.toml", "constraints.txt")]
     wanted = hashlib.sha256(b"\0".join([*inputs, sys.version.encode(), str(ROOT).encode()])).hexdigest()
-    done = STAMP.read_text().split() if STAMP.exists() else []
-    if done[:1] != [wanted]:
-        print("Setting up .venv (about 3 GB; a few minutes)", flush=True)
+    stamp = STAMP.read_text().split() if STAMP.exists() else []
+    done = stamp[1:] if stamp[:1] == [wanted] else []
+    missing = sorted(set(extras) - contained(done), key=extras.index)
+    size = "3 GB; a few minutes" if "dev" in missing else "2 GB, with torch for CUDA more; a few minutes"
+    if stamp[:1] != [wanted]:
+        print(f"Setting up .venv (about {size})", flush=True)
         shutil.rmtree(VENV, ignore_errors=True)
         venv.create(VENV, with_pip=True)
-        done = [wanted]
-    missing = [extra for extra in extras if extra not in done]
+    elif missing:
+        print(f"Adding {', '.join(missing)} to .venv", flush=True)
     if missing:
         pip = [PYTHON, "-m", "pip", "--disable-pip-version-check", "install", "--quiet", "-c", "constraints.txt"]
         if status := subprocess.run([*pip, "--editable", f".[{','.join(missing)}]"], cwd=ROOT).returncode:
             sys.exit(f"pip has not installed the extras {', '.join(missing)} (exit status {status}); it says why above")
-        STAMP.write_text(" ".join([*done, *missing]))
+        STAMP.write_text(" ".join([wanted, *done, *missing]))
+
+
+def contained(extras: Iterable[str]) -> set[str]:
+    """These extras of pyproject.toml, and those that they consist of, as "all" does of several."""
+    import tomllib  # not in Python 3.10, to whose users `setup` says that they need another
+
+    declared = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    found: set[str] = set()
+    left = list(extras)
+    while left:
+        found.add(extra := left.pop())
+        own = [re.fullmatch(r"ada2ms\[(.+)\]", requirement) for requirement in declared[extra]]
+        left += [name for match in own if match for name in match[1].split(",") if name not in found]
+    return found
+
+
+def of_demo(options: list[str]) -> list[str]:
+    """The extras that the demo uses with these options; what is wrong with them the demo says itself."""
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
+    parser.add_argument("--frameworks", nargs="+", default=["torch", "tf", "jax"])
+    parser.add_argument("--keras-backends", nargs="+", default=[])
+    parser.add_argument("--handoff", action="store_true")
+    try:
+        given, _ = parser.parse_known_args(options)
+    except argparse.ArgumentError:
+        given = parser.parse_args([])
+    backends = given.keras_backends or [os.environ.get("KERAS_BACKEND", "jax")] * ("tf" in given.frameworks)
+    of_backend = {"torch": "torch", "jax": "jax", "tensorflow": "tensorflow-cpu"}
+    wanted = [name for name in ("torch", "tf", "jax") if name in given.frameworks]
+    wanted += [of_backend[name] for name in backends if name in of_backend]
+    return list(dict.fromkeys([*wanted, "demo", *["flax"] * (given.handoff and "jax" in given.frameworks)]))
 
 
 def run(job: Job, shared: str) -> bool:
@@ -173,7 +212,7 @@ def main() -> int:
     if not (takes_options or command in jobs) or (options and not takes_options):
         print(__doc__)
         return 0 if command in ("-h", "--help") else 2
-    setup("all", "dev", *(["examples"] if command == "slow" else []))
+    setup(*(of_demo(options) if command == "demo" else EXTRAS.get(command, ("all", "dev"))))
     if takes_options:
         return subprocess.run([PYTHON, "-m", "ada2ms", command, *options]).returncode
     return 0 if run_all(jobs[command]()) else 1

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+import support
 from ada2ms import core
 from ada2ms.cli import adaptivity, main
 from ada2ms.core import State
@@ -41,6 +42,35 @@ def test_all_frameworks_agree(tmp_path: Path, capsys: pytest.CaptureFixture[str]
     assert max(others) == pytest.approx(max(found["from_each_other"]), rel=1e-3)  # whichever of two it is relative to
     assert min(others) > 0
     assert (tmp_path / "trajectories.png").read_bytes()[:4] == b"\x89PNG"
+
+
+@pytest.mark.keras
+@ONCE
+@pytest.mark.parametrize("backends", [("jax",), *support.slow(("torch", "tensorflow", "jax"))])
+def test_backends_of_keras_are_chosen_by_name(
+    backends: tuple[str, ...], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Whichever of them this process has."""
+    options = ["--steps", "3", "--out", str(tmp_path), "--json", "--frameworks", "torch", "tf"]
+    assert main(["demo", *options, "--keras-backends", *backends, backends[0]]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert [f["framework"] for f in found["frameworks"]] == ["torch", *["tf"] * len(backends)]
+    assert [f["title"].split(" on ")[1] for f in found["frameworks"][1:]] == list(backends)
+    losses = np.array([f["losses"] for f in found["frameworks"]])
+    assert losses.shape == (1 + len(backends), 3)
+    assert np.ptp(losses, axis=0).max() < 1e-4
+    assert 0 < max(found["from_each_other"]) <= found["bounds"]["from_each_other"]
+
+
+def test_a_missing_backend_that_was_asked_for_is_an_error(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hide(monkeypatch, "tensorflow")
+    assert main(["demo", "--out", str(tmp_path), "--keras-backends", "jax", "tensorflow"]) == 2
+    assert "tf: tensorflow not installed (pip install tensorflow)" in " ".join(capsys.readouterr().out.split())
+    assert main(["demo", "--out", str(tmp_path), "--frameworks", "torch", "--keras-backends", "jax"]) == 2
+    assert capsys.readouterr().err == "Invalid keras-backends: 'jax' (tf must be among the frameworks)\n"
+    assert not list(tmp_path.iterdir())
 
 
 def test_trajectories_that_part_fail(
@@ -217,6 +247,7 @@ def test_adaptivity(text: str, value: object) -> None:
         (["--seed", "-1"], "Invalid seed: '-1' (must be a whole number, at least 0)"),
         (["--steps", "0"], "Invalid steps: '0' (must be a whole number above 0)"),
         (["--frameworks", "mxnet"], "invalid choice: 'mxnet'"),
+        (["--keras-backends", "numpy"], "invalid choice: 'numpy'"),
     ],
 )
 def test_bad_arguments(arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:

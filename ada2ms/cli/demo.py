@@ -2,14 +2,22 @@
 
 import argparse
 import json
+import os
 import sys
+from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ada2ms._extras import require_all
 from ada2ms.cli.arguments import adaptivity, whole_number
 from ada2ms.core.hyperparameters import DEFAULTS
+
+if TYPE_CHECKING:
+    from rich.console import Console
+    from rich.progress import Progress
+
+    from ada2ms.demo.run import Run
 
 
 def add(commands: Any) -> None:
@@ -31,6 +39,13 @@ def add(commands: Any) -> None:
     command.add_argument("--out", type=Path, default=Path("ada2ms-demo"), help="folder for the picture")
     command.add_argument("--frameworks", nargs="+", choices=("torch", "tf", "jax"), help="default: those installed")
     command.add_argument(
+        "--keras-backends",
+        nargs="+",
+        choices=("tensorflow", "jax", "torch"),
+        help="train in Keras once on each of these, in a process of its own (default: on one, that of KERAS_BACKEND or "
+        "the first of these that is installed)",
+    )
+    command.add_argument(
         "--handoff",
         action="store_true",
         help="one more run, handed from framework to framework: each goes on from the state of the one before; and "
@@ -46,44 +61,47 @@ def run(arguments: argparse.Namespace) -> int:
     """
     require_all("The demo", ("sklearn", "matplotlib", "rich"), "demo")
     from rich.console import Console
-    from rich.progress import Progress
 
-    from ada2ms.demo.run import FRAMEWORKS, missing, parted, train
+    from ada2ms.demo.run import FRAMEWORKS, missing
 
     console = Console(stderr=arguments.json)
     wanted = list(dict.fromkeys(arguments.frameworks or FRAMEWORKS))
-    lacking = {name: reason for name in wanted if (reason := missing(name))}
+    backends = list(dict.fromkeys(arguments.keras_backends or ()))
+    if backends and "tf" not in wanted:
+        print(f"Invalid keras-backends: {' '.join(backends)!r} (tf must be among the frameworks)", file=sys.stderr)
+        return 2
+    lacking = {name: reason for name in wanted if (reason := missing(name, backends))}
     for reason in lacking.values():
         console.print(f"Not installed: {reason}", markup=False, soft_wrap=True)
     installed = [name for name in wanted if name not in lacking]
-    if not installed or (arguments.frameworks and lacking):
+    if not installed or (arguments.frameworks and lacking) or (backends and "tf" in lacking):
         return 2
-
-    from ada2ms.demo import report, vit
-
     try:
         arguments.out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         print(f"Invalid out: {str(arguments.out)!r} ({error.strerror})", file=sys.stderr)
         return 2
+    if backends:
+        os.environ.setdefault("KERAS_BACKEND", backends[0])  # of what is handed over, which stays in this process
     try:
-        with Progress(console=console) as progress:
-            runs = [
-                train(
-                    segments,
-                    arguments.steps,
-                    arguments.seed,
-                    arguments.adaptivity,
-                    partial(progress.track, total=arguments.steps, description="->".join(segments)),
-                )
-                for segments in [*([name] for name in installed), *([[*installed, installed[0]]] * arguments.handoff)]
-            ]
-            with_vit = vit.installed(installed) if arguments.handoff else []
-            track = partial(progress.track, description="Vision Transformer")
-            transformer = vit.hand_over(with_vit, arguments.seed, arguments.adaptivity, track) if with_vit else []
+        return _train(arguments, installed, backends, console)
     except KeyboardInterrupt:
         print("Stopped", file=sys.stderr)
         return 130
+
+
+def _train(arguments: argparse.Namespace, installed: list[str], backends: list[str], console: "Console") -> int:
+    """Trains in these frameworks and shows what came of it; 0 if the trajectories stay together, 1 if not."""
+    from rich.progress import Progress
+
+    from ada2ms.demo import report, vit
+    from ada2ms.demo.run import parted
+
+    with Progress(console=console) as progress:
+        runs = list(_runs(arguments, installed, backends, progress))
+        with_vit = vit.installed(installed) if arguments.handoff else []
+        track = partial(progress.track, description="Vision Transformer")
+        transformer = vit.hand_over(with_vit, arguments.seed, arguments.adaptivity, track) if with_vit else []
     file = arguments.out / "trajectories.png"
     report.picture(runs, file)
     if arguments.json:
@@ -100,3 +118,22 @@ def run(arguments: argparse.Namespace) -> int:
     for sentence in over:
         console.print(f"Beyond the bound: {sentence}", markup=False, soft_wrap=True)
     return 1 if over else 0
+
+
+def _runs(
+    arguments: argparse.Namespace, installed: list[str], backends: list[str], progress: "Progress"
+) -> Iterator["Run"]:
+    """One for each framework, for each of the backends named in place of Keras' one, and for the hand-over."""
+    from ada2ms.demo.run import train, train_on
+
+    options = (arguments.steps, arguments.seed, arguments.adaptivity)
+    handed_over = [[*installed, installed[0]]] * arguments.handoff
+    for segments in [*([name] for name in installed), *handed_over]:
+        if segments == ["tf"] and backends:
+            for backend in backends:
+                task = progress.add_task(f"tf on {backend}", total=None)
+                yield train_on(backend, *options)
+                progress.update(task, total=1, completed=1)
+        else:
+            track = partial(progress.track, total=arguments.steps, description="->".join(segments))
+            yield train(segments, *options, track)

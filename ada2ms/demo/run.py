@@ -2,12 +2,15 @@
 
 import math
 import os
+import signal
 import time
 from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from importlib.util import find_spec
 from itertools import combinations, islice
+from multiprocessing import get_context
 from typing import Final
 
 import numpy as np
@@ -129,6 +132,24 @@ def train(
     return run
 
 
+def train_on(backend: str, steps: int, seed: int, adaptivity: Scheduled) -> Run:
+    """`train(["tf"], ...)` on this backend of Keras, in a process of its own, since a process has but one backend.
+
+    Args:
+        backend: of `KERAS_BACKENDS`, installed.
+        steps: number of batches, at least 1.
+        seed: of the initial weights and of the batches.
+        adaptivity: a number in [0, 1] or a schedule of ada2ms.core.
+    """
+    with ProcessPoolExecutor(1, get_context("spawn"), _choose_backend, (backend,)) as process:
+        return process.submit(train, ["tf"], steps, seed, adaptivity).result()
+
+
+def _choose_backend(backend: str) -> None:
+    os.environ["KERAS_BACKEND"] = backend  # Keras is imported later, by `ready`
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # an interrupt ends this process without a word; its parent reports it
+
+
 def from_each_other(runs: list[Run]) -> list[float]:
     """For each step, the largest deviation between two of the runs; zeros for a single run."""
     pairs = [from_other(a, b) for a, b in combinations(runs, 2)]
@@ -154,16 +175,28 @@ def _first_over(deviations: list[float], bound: Callable[[int], float], what: st
     return None
 
 
-def missing(framework: str) -> str | None:
-    """What is not installed for this framework and how to install it; None if all is there."""
+def missing(framework: str, backends: Sequence[str] = ()) -> str | None:
+    """What is not installed for this framework and how to install it; None if all is there.
+
+    Args:
+        framework: of `FRAMEWORKS`.
+        backends: those of Keras that are wanted; none for whichever there is.
+    """
     modules = {"torch": ["torch"], "tf": ["keras"], "jax": ["jax", "optax"]}[framework]
     absent = [module for module in modules if find_spec(module) is None]
     if absent:
         return f"{framework}: {' and '.join(absent)} not installed (pip install 'ada2ms[{framework}]')"
-    if framework == "tf" and not any(find_spec(backend) for backend in KERAS_BACKENDS):
+    return _missing_backend(backends) if framework == "tf" else None
+
+
+def _missing_backend(wanted: Sequence[str]) -> str | None:
+    absent = [backend for backend in wanted if find_spec(backend) is None]
+    if absent:
+        return f"tf: {' and '.join(absent)} not installed (pip install {' '.join(absent)})"
+    if not any(find_spec(backend) for backend in KERAS_BACKENDS):
         return f"tf: Keras has no backend (install one of {', '.join(KERAS_BACKENDS)})"
     chosen = os.environ.get("KERAS_BACKEND")
-    if framework == "tf" and chosen in KERAS_BACKENDS and find_spec(chosen) is None:
+    if not wanted and chosen in KERAS_BACKENDS and find_spec(chosen) is None:
         return f"tf: {chosen}, which KERAS_BACKEND names, not installed"
     return None
 
