@@ -349,12 +349,18 @@ def test_layers_that_share_a_weight() -> None:
     assert list(state.parameters) == ["0.embedding.table"]
 
 
+def code(page: str, section: str) -> list[str]:
+    """The first two pieces of Python of a page's section."""
+    text = Path(__file__).parents[1].joinpath(page).read_text().partition(section)[2]
+    return [part.partition("```")[0] for part in text.split("```python\n")[1:3]]
+
+
 def test_the_readme_hands_over(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Its two pieces of code, as they stand there."""
-    section = Path(__file__).parents[1].joinpath("README.md").read_text().partition("## Hand over in mid-run")[2]
-    first, second = (part.partition("```")[0] for part in section.split("```python\n")[1:3])
+    """Its two pieces of code, as they stand there, and on the page that says more."""
+    first, second = code("README.md", "## Move a run between frameworks")
+    assert code("docs/handoff.md", "# ") == [first, second]
     monkeypatch.chdir(tmp_path)
     one, two = Modelled("torch"), Modelled("jax")
     exec(first, {"model": one.model, "optimizer": one.optimizer})

@@ -1,4 +1,4 @@
-"""The one table of names: what the README, the specification and every backend call the hyperparameters."""
+"""The one table of names: what the docs, the specification and every backend call the hyperparameters."""
 
 import importlib
 import inspect
@@ -30,9 +30,9 @@ def arguments(names: tuple[str, ...], framework: Framework) -> str:
     return ", ".join(dict.fromkeys(NAMES[name][framework].partition("[")[0] for name in names))
 
 
-def test_the_readme_has_the_names_and_defaults() -> None:
-    readme = (Path(__file__).parents[1] / "README.md").read_text()
-    table = readme[readme.index("## Names and defaults") :].splitlines()[4 : 4 + len(ROWS)]
+def test_the_docs_have_the_names_and_defaults() -> None:
+    page = (Path(__file__).parents[1] / "docs" / "rule.md").read_text()
+    table = page[page.index("## Names and defaults") :].splitlines()[4 : 4 + len(ROWS)]
     defaults = {**vars(DEFAULTS), "scope": DEFAULT_SCOPE, "nonfinite": DEFAULT_NONFINITE}
     defaults |= {"max_norm": DEFAULT_MAX_NORM, "compensated": DEFAULT_COMPENSATED}
     for names, line in zip(ROWS, table, strict=True):
