@@ -153,3 +153,31 @@ def test_what_cannot_be_recorded_is_said(tmp_path: Path) -> None:
         else:
             with pytest.raises(TraceError, match=r"run_eagerly=True"):
                 model.fit(X, Y, verbose=0, callbacks=[recorder])
+
+
+def test_each_group_has_its_own_hyperparameters(tmp_path: Path) -> None:
+    """Groups of Ada2MS, what decays in no optimizer, and factors of the learning rate."""
+    groups = [Group("dense_head", lr_scale=0.5, b1=0.5)]
+    made = {"Ada2MS": Ada2MS(0.25, weight_decay=0.125, groups=groups), "AdamW": keras.optimizers.AdamW(0.25)}
+    found = {}
+    for name, optimizer in made.items():
+        keras.utils.set_random_seed(0)
+        layers = [keras.Input((5,)), keras.layers.Dense(3), keras.layers.Dense(2, name="dense_head")]
+        model = keras.Sequential(layers)
+        optimizer.exclude_from_weight_decay(var_names=["bias"])
+        model.compile(optimizer, loss="mse", run_eagerly=True)
+        with Recorder(tmp_path / name, model) as recorder:
+            model.fit(X[:8], Y[:8], batch_size=8, verbose=0, callbacks=[recorder])
+        trace = Trace.load(tmp_path / name)
+        found[name] = [trace.steps[0].hyper[p.group] for p in trace.parameters]
+    told = [(h["lr"], h["b1"], h["weight_decay"]) for h in found["Ada2MS"]]
+    assert told == [(0.25, 0.9, 0.125), (0.25, 0.9, 0.0), (0.125, 0.5, 0.125), (0.125, 0.5, 0.0)]
+    assert [h["weight_decay"] for h in found["AdamW"]] == [0.004, 0.0, 0.004, 0.0]
+
+
+def test_a_run_that_took_no_step_leaves_a_trace_of_none(tmp_path: Path) -> None:
+    model = network()
+    with Recorder(tmp_path / "run", model, keras.optimizers.SGD()):
+        pass
+    trace = Trace.load(tmp_path / "run")
+    assert (len(trace.parameters), trace.steps, trace.complete) == (4, [], True)

@@ -12,7 +12,8 @@ with Recorder("run.trace", params, hyper={"lr": 1e-3}) as recorder:
 """
 
 import math
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from types import TracebackType
@@ -48,10 +49,12 @@ class Recorder:
             `"dense/kernel"`.
         names: the neutral name of a leaf, for each name here, as a mapping or a function; those left out keep their
             names. `plain_layers` has them, and the next two.
-        axes: for a name here, how an array of the neutral layout is transposed to have this layout.
+        axes: for a name here, how an array of the neutral layout is transposed to have this layout, or a function that
+            cuts an array here into those of the neutral layout, which are then parameters of their own.
         extras: what `plain_layers` gives besides; running statistics are not recorded.
         hyper: what the optimizer was made with, by the names `lr`, `b1`, `b2`, `eps`, `weight_decay`, `adaptivity`
-            and the like: numbers, or schedules of the count of completed updates.
+            and the like: numbers, or schedules of the count of completed updates. Where leaves have others (masks,
+            `optax.multi_transform`, groups): a function that gives them for a leaf's name.
         optimizer: what it is called, such as "optax.adamw".
         full: of how many steps to keep entries of the arrays as well.
         entries: how many entries of each array; of larger ones a sample.
@@ -71,7 +74,7 @@ class Recorder:
         names: Names = None,
         axes: Axes = None,
         extras: Extras = None,
-        hyper: Hyper | None = None,
+        hyper: Hyper | Callable[[str], Hyper] | None = None,
         optimizer: str = "",
         full: int = DEFAULT_FULL,
         entries: int = DEFAULT_ENTRIES,
@@ -80,12 +83,15 @@ class Recorder:
         leaves = by_path(params)
         shapes = {name: (tuple(x.shape), jnp.dtype(x.dtype).name, 0) for name, x in leaves.items()}
         self.parameters = resolve(shapes, names, axes)
-        self._hyper = dict(hyper or {})
-        for name, value in self._hyper.items():
-            if not callable(value) and not isinstance(value, (int, float)):
-                raise TypeError(f"Invalid hyper: {name!r} is {value!r} (must be a number or a schedule)")
+        self._told = {p.own: dict(hyper(p.own) if callable(hyper) else hyper or {}) for p in self.parameters}
+        for own, told in self._told.items():
+            for name, value in told.items():
+                if not callable(value) and not isinstance(value, (int, float)):
+                    where = f" of {own!r}" if callable(hyper) else ""
+                    raise TypeError(f"Invalid hyper: {name!r}{where} is {value!r} (must be a number or a schedule)")
         self._writer = Writer(path if jax.process_index() == 0 else None, full=full, entries=entries, flush=flush)
-        self._writer.begin(_about(optimizer), self.parameters)
+        self._about = _about(optimizer)
+        self._groups: list[tuple[dict[str, Any], str]] | None = None  # what each was told, and its label in a state
         self._closed = False
 
     @property
@@ -107,6 +113,7 @@ class Recorder:
         """Stops recording and writes what waits."""
         _wait()
         self._closed = True
+        self._begin({})
         self._writer.close()
 
     def __enter__(self) -> Self:
@@ -119,23 +126,48 @@ class Recorder:
         """Whether the step that comes is to have entries of the arrays."""
         return np.bool_(not self._closed and self._writer.count < self._writer.full)
 
-    def take(self, missing: Collection[str], sketches: Any, hyper: Any, full: Any = None) -> None:
-        """Adds a step; called by the compiled program."""
+    def take(
+        self, missing: Collection[str], labels: Mapping[str, str], sketches: Any, hyper: Any, full: Any = None
+    ) -> None:
+        """Adds a step; called by the compiled program.
+
+        Args:
+            missing: names of leaves without a gradient.
+            labels: of leaves whose hyperparameters an optimizer's state has apart from others'.
+            sketches: of values, gradients and updates.
+            hyper: what states hold, by label.
+            full: entries of the arrays.
+        """
         if self._closed:
             return
+        self._begin(labels)
         count = self._writer.count
-        told = {name: value(count) if callable(value) else value for name, value in self._hyper.items()}
-        seen = {_NAMES.get(name, name): float(np.real(value)) for name, value in hyper.items()}
         step = Step(0, empty_sketches(len(self.parameters)), np.zeros(len(self.parameters), bool))
         for what, rows in sketches.items():
             step.sketches[what] = np.array(rows, np.float64)
         step.missing = np.array([p.own in missing for p in self.parameters], bool)
-        step.hyper = [{name: float(x) for name, x in {**told, **seen}.items() if math.isfinite(float(x))}]
+        for told, label in self._groups or ():
+            given = {name: value(count) if callable(value) else value for name, value in told.items()}
+            seen = {_NAMES.get(name, name): float(np.real(value)) for name, value in hyper.get(label, {}).items()}
+            numbers = {name: float(x) for name, x in {**given, **seen}.items()}
+            step.hyper.append({name: x for name, x in numbers.items() if math.isfinite(x)})
         for what, arrays in (full or {}).items():
             step.full[what] = {name: np.array(x) for name, x in arrays.items()}
         if self._writer.is_due:  # before, since the loss of this one may come after it
             self._writer.flush()
         self._writer.add(step)
+
+    def _begin(self, labels: Mapping[str, str]) -> None:
+        """Writes what the trace is of, in the first step: which leaves have hyperparameters of their own."""
+        if self._groups is not None:
+            return
+        groups: list[tuple[dict[str, Any], str]] = []
+        for i, p in enumerate(self.parameters):
+            group = self._told[p.own], labels.get(p.own, "")
+            groups += [group] if group not in groups else []
+            self.parameters[i] = replace(p, group=groups.index(group))
+        self._groups = groups
+        self._writer.begin(self._about, self.parameters)
 
 
 def recorded(optimizer: optax.GradientTransformation, recorder: Recorder) -> optax.GradientTransformationExtraArgs:
@@ -157,9 +189,9 @@ def recorded(optimizer: optax.GradientTransformation, recorder: Recorder) -> opt
 
     def update_fn(updates: Any, state: Any, params: Any = None, **extra_args: Any) -> Any:
         new_updates, new_state = inner.update(updates, state, params, **extra_args)
-        hyper = _injected(new_state)
+        labels, hyper = injected(new_state, [p.own for p in recorder.parameters])
         if not isinstance(state, optax.MultiStepsState):
-            _send(recorder, {"value": params, "gradient": updates, "update": new_updates}, hyper)
+            _send(recorder, {"value": params, "gradient": updates, "update": new_updates}, labels, hyper)
             return new_updates, new_state
 
         def send(_: Any) -> None:
@@ -167,7 +199,7 @@ def recorded(optimizer: optax.GradientTransformation, recorder: Recorder) -> opt
             whole = jax.tree.map(
                 lambda acc, g: acc + (g - acc) / (state.mini_step + 1) if mean else acc + g, state.acc_grads, updates
             )
-            _send(recorder, {"value": params, "gradient": whole, "update": new_updates}, hyper)
+            _send(recorder, {"value": params, "gradient": whole, "update": new_updates}, labels, hyper)
 
         jax.lax.cond(new_state.gradient_step != state.gradient_step, send, lambda _: None, 0)
         return new_updates, new_state
@@ -175,7 +207,7 @@ def recorded(optimizer: optax.GradientTransformation, recorder: Recorder) -> opt
     return optax.GradientTransformationExtraArgs(inner.init, update_fn)
 
 
-def _send(recorder: Recorder, trees: Mapping[str, Any], hyper: dict[str, Any]) -> None:
+def _send(recorder: Recorder, trees: Mapping[str, Any], labels: dict[str, str], hyper: dict[str, Any]) -> None:
     leaves = {what: by_path(tree) for what, tree in trees.items() if tree is not None}
     known = {p.own for p in recorder.parameters}
     if strange := sorted({name for each in leaves.values() for name in each} - known):
@@ -192,10 +224,10 @@ def _send(recorder: Recorder, trees: Mapping[str, Any], hyper: dict[str, Any]) -
             what: {p.name: _entries(found[p.own], p, recorder.entries) for p in recorder.parameters if p.own in found}
             for what, found in leaves.items()
         }
-        io_callback(partial(recorder.take, missing), None, sketches, hyper, full, ordered=True)
+        io_callback(partial(recorder.take, missing, labels), None, sketches, hyper, full, ordered=True)
 
     def without(_: Any) -> None:
-        io_callback(partial(recorder.take, missing), None, sketches, hyper, ordered=True)
+        io_callback(partial(recorder.take, missing, labels), None, sketches, hyper, ordered=True)
 
     wanted = io_callback(recorder.wants_full, np.bool_(False), ordered=True)
     jax.lax.cond(wanted, with_entries, without, 0)
@@ -208,6 +240,7 @@ def _sketch(x: Any, parameter: Parameter) -> jax.Array:
     """
     if x is None:
         return jnp.full(1 + SUMS, jnp.nan)
+    x = _own(x, parameter)
     order = list(range(x.ndim)) if parameter.axes is None else list(parameter.axes)
     if jnp.iscomplexobj(x):
         order.append(x.ndim)
@@ -223,6 +256,10 @@ def _sketch(x: Any, parameter: Parameter) -> jax.Array:
     return jnp.concatenate([norm[None], sums])
 
 
+def _own(x: Any, parameter: Parameter) -> Any:
+    return x if parameter.part is None else parameter.part.take(x, jnp)
+
+
 def _axis_signs(axis: int, size: int) -> jax.Array:
     """As `ada2ms.core.trace.sketch.axis_signs`, computed by the program, which would else hold them as constants."""
     x = jnp.arange(size, dtype=jnp.uint32) + np.uint32(0x9E3779B9 * (axis + 1) & 0xFFFFFFFF)
@@ -235,6 +272,7 @@ def _axis_signs(axis: int, size: int) -> jax.Array:
 
 def _entries(x: Any, parameter: Parameter, limit: int) -> jax.Array:
     """As `ada2ms.core.trace.model.sample`."""
+    x = _own(x, parameter)
     if parameter.axes is not None:
         x = x.transpose(np.argsort(parameter.axes))
     if jnp.iscomplexobj(x):
@@ -244,12 +282,45 @@ def _entries(x: Any, parameter: Parameter, limit: int) -> jax.Array:
     return kept
 
 
-def _injected(state: Any) -> dict[str, Any]:
-    """The hyperparameters that states of `optax.inject_hyperparams` hold."""
-    found: dict[str, Any] = {}
-    for node in jax.tree.leaves(state, is_leaf=lambda x: hasattr(x, "hyperparams")):
-        found.update(getattr(node, "hyperparams", {}))
-    return {name: x for name, x in found.items() if jnp.ndim(x) == 0}
+def injected(state: Any, names: Sequence[str]) -> tuple[dict[str, str], dict[str, dict[str, Any]]]:
+    """The hyperparameters that states of `optax.inject_hyperparams` hold, and of which leaves they are.
+
+    Args:
+        state: of an optimizer; within one that divides leaves, such as that of `optax.multi_transform`, a state is of
+            those that its moments have.
+        names: of all leaves.
+
+    Returns:
+        The label of each leaf that has one, and the hyperparameters of each label; "" for those of all leaves. What
+        several states of the same leaves hold under one name is left out, as is what is of no leaf that is known.
+    """
+    nodes = [x for x in jax.tree.leaves(state, is_leaf=_has_hyper) if _has_hyper(x)]
+    outer = jax.tree.leaves(state, is_leaf=lambda x: _has_hyper(x) or isinstance(x, optax.MaskedState))
+    labels: dict[str, str] = {}
+    found: dict[str, dict[str, Any]] = {}
+    for i, node in enumerate(nodes):
+        everywhere = any(node is x for x in outer)
+        own = names if everywhere else _leaves_of(node, names)
+        label = "" if everywhere else str(i)
+        held = {name: x for name, x in node.hyperparams.items() if jnp.ndim(x) == 0}
+        if label and (not own or any(name in labels for name in own)):
+            continue
+        labels |= dict.fromkeys(own, label) if label else {}
+        before = found.setdefault(label, {})
+        found[label] = {name: x for name, x in (before | held).items() if not (name in before and name in held)}
+    return labels, found
+
+
+def _has_hyper(node: Any) -> bool:
+    return hasattr(node, "hyperparams")
+
+
+def _leaves_of(node: Any, names: Sequence[str]) -> list[str]:
+    """The leaves of which a state has moments, by the ends of the moments' paths."""
+    paths = [jax.tree_util.keystr(path, simple=True, separator="/") for path, _ in jax.tree.leaves_with_path(node)]
+    longest = sorted(names, key=len, reverse=True)
+    ends = {next((name for name in longest if path.endswith(f"/{name}")), None) for path in paths}
+    return [name for name in names if name in ends]
 
 
 def _wait() -> None:

@@ -9,9 +9,10 @@ with Recorder("run.trace", model, **plain_layers(model)) as recorder:
 
 import math
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, NamedTuple, Self
 
 import keras
 import numpy as np
@@ -23,6 +24,8 @@ from ada2ms.core.trace import Step, TraceError, Writer
 from ada2ms.core.trace.model import empty_sketches, resolve, sample
 from ada2ms.core.trace.sketch import sketch
 from ada2ms.core.trace.writer import DEFAULT_ENTRIES, DEFAULT_FLUSH, DEFAULT_FULL
+from ada2ms.tf.groups import Hyper
+from ada2ms.tf.optimizer import Ada2MS
 
 _HYPER = {  # Keras' names of hyperparameters, and the neutral ones
     "beta_1": "b1",
@@ -55,7 +58,8 @@ class Recorder(keras.callbacks.Callback):  # type: ignore[misc]
         optimizer: the one to record; by default the model's.
         names: the neutral name of a variable, for each path here, as a mapping or a function; those left out keep their
             paths. `plain_layers` has them, and the next two.
-        axes: for a path here, how an array of the neutral layout is transposed to have this layout.
+        axes: for a path here, how an array of the neutral layout is transposed to have this layout, or a function that
+            cuts an array here into those of the neutral layout, which are then parameters of their own.
         extras: what `plain_layers` gives besides; running statistics are not recorded.
         full: of how many steps to keep entries of the arrays as well.
         entries: how many entries of each array; of larger ones a sample.
@@ -89,7 +93,8 @@ class Recorder(keras.callbacks.Callback):  # type: ignore[misc]
         shapes = {v.path: (tuple(v.shape), _dtype(v), 0) for v in model.trainable_variables}
         self.parameters = resolve(shapes, names, axes, [v.path for v in model.variables])
         self._writer = Writer(path, full=full, entries=entries, flush=flush)
-        self._writer.begin(_about(self._optimizer), self.parameters)
+        self._about = _about(self._optimizer)
+        self._groups: list[_Group] = []  # known once the optimizer is built, in its first step
         self._sum: dict[str, Any] = {}  # gradients that are accumulated, as the optimizer does
         self._apply, self._compute_loss = self._optimizer.apply, model.compute_loss
         self._optimizer.apply = self._recorded_apply
@@ -109,6 +114,7 @@ class Recorder(keras.callbacks.Callback):  # type: ignore[misc]
         if vars(self._optimizer).get("apply") is not None:
             del self._optimizer.apply
         self.on_train_end()
+        self._begin([])
         self._writer.close()
 
     def __enter__(self) -> Self:
@@ -159,15 +165,29 @@ class Recorder(keras.callbacks.Callback):  # type: ignore[misc]
             gradients = {path: None if g is None else g / every for path, g in self._sum.items()}
             self._sum = {}
         before = {path: np.array(_array(v)) for path, v in values.items()}
-        hyper = _hyper(optimizer)
+        self._begin(given)
+        hyper = [_hyper(optimizer, group) for group in self._groups]
         result = self._apply(grads, trainable_variables)
         self._add(before, gradients, {path: _array(v) for path, v in values.items()}, hyper)
         return result
 
-    def _add(self, before: Any, gradients: Any, after: Any, hyper: dict[str, float]) -> None:
+    def _begin(self, variables: list[Any]) -> None:
+        """Writes what the trace is of, in the first step: which variables have hyperparameters of their own."""
+        if self._groups:
+            return
+        if variables and not self._optimizer.built:
+            self._optimizer.build(variables)
+        of = {v.path: _group(self._optimizer, v) for v in variables}
+        self._groups = list(dict.fromkeys(of.values())) or [_Group()]
+        self.parameters = [
+            replace(p, group=self._groups.index(of.get(p.own, self._groups[0]))) for p in self.parameters
+        ]
+        self._writer.begin(self._about, self.parameters)
+
+    def _add(self, before: Any, gradients: Any, after: Any, hyper: list[dict[str, float]]) -> None:
         if self._writer.is_due:  # before, since the loss of this step may come after it
             self._writer.flush()
-        step = Step(0, empty_sketches(len(self.parameters)), np.zeros(len(self.parameters), bool), hyper=[hyper])
+        step = Step(0, empty_sketches(len(self.parameters)), np.zeros(len(self.parameters), bool), hyper=hyper)
         full = self._writer.count < self._writer.full
         for i, p in enumerate(self.parameters):
             g = gradients.get(p.own)
@@ -177,7 +197,7 @@ class Recorder(keras.callbacks.Callback):  # type: ignore[misc]
                 found |= {"value": before[p.own], "update": _difference(after[p.own], before[p.own])}
             for what, array in found.items():
                 if array is not None:
-                    step.sketches[what][i] = sketch(array, p.axes)
+                    step.sketches[what][i] = sketch(p.of(array), p.axes)
                     if full:
                         step.full.setdefault(what, {})[p.name] = sample(array, p, self._writer.entries)
         self._writer.add(step)
@@ -204,20 +224,36 @@ def _leaves(x: Any) -> list[Any]:
     return [x]
 
 
-def _hyper(optimizer: Any) -> dict[str, float]:
-    """The numbers among the hyperparameters, by neutral names."""
+class _Group(NamedTuple):
+    """What hyperparameters a variable has: whether it decays, and for Ada2MS in which of its groups it is."""
+
+    decays: bool = True
+    own: int | None = None
+
+
+def _group(optimizer: Any, variable: Any) -> _Group:
+    decays = getattr(optimizer, "_use_weight_decay", None)  # Keras has no public way to ask what it excludes
+    is_decaying = decays is None or bool(decays(variable))
+    if not isinstance(optimizer, Ada2MS):
+        return _Group(is_decaying)
+    return _Group(is_decaying, optimizer._grouping.group_of.get(optimizer._get_variable_index(variable)))
+
+
+def _hyper(optimizer: Any, group: _Group) -> dict[str, float]:
+    """The numbers among the hyperparameters of a group, by neutral names."""
     found = {"lr": float(_numpy(optimizer.learning_rate))}
-    for own, name in _HYPER.items():
-        value = getattr(optimizer, own, None)
+    for attribute, name in _HYPER.items():
+        value = getattr(optimizer, attribute, None)
         if isinstance(value, (int, float)) and math.isfinite(value):
             found[name] = float(value)
     if "weight_decay" not in found:
         found["weight_decay"] = 0.0
-    adaptivity = getattr(optimizer, "adaptivity", None)
-    if adaptivity is not None:
+    if isinstance(optimizer, Ada2MS):
         count = int(np.ravel(_numpy(optimizer._global_step))[0]) if optimizer.built else 0  # the optimizer's own
-        found["adaptivity"] = float(_numpy(value_at(adaptivity, count)))
-    return found
+        own = Hyper.of(optimizer, group.own)._asdict()
+        found["lr"] *= own.pop("lr_scale")
+        found |= {name: float(_numpy(value_at(value, count))) for name, value in own.items()}
+    return found if group.decays else {**found, "weight_decay": 0.0}
 
 
 def _about(optimizer: Any) -> dict[str, Any]:

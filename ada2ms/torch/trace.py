@@ -16,7 +16,7 @@ import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, Self, cast
 
 import numpy as np
 import torch
@@ -26,6 +26,7 @@ from ada2ms.core.hyperparameters import value_at
 from ada2ms.core.state import Axes, Extras, Names
 from ada2ms.core.trace import Parameter, Step, TraceError, Writer
 from ada2ms.core.trace.model import empty_sketches, resolve, sample
+from ada2ms.core.trace.parts import Part
 from ada2ms.core.trace.writer import DEFAULT_ENTRIES, DEFAULT_FLUSH, DEFAULT_FULL
 from ada2ms.torch.numbers import number, numpy
 from ada2ms.torch.sketches import Sketcher
@@ -51,7 +52,8 @@ class Recorder:
         optimizer: any, over parameters of the model.
         names: the neutral name of a parameter, for each name here, as a mapping or a function; those left out keep
             their names. `plain_layers` has them, and the next two.
-        axes: for a name here, how an array of the neutral layout is transposed to have this layout.
+        axes: for a name here, how an array of the neutral layout is transposed to have this layout, or a function that
+            cuts an array here into those of the neutral layout, which are then parameters of their own.
         extras: what `plain_layers` gives besides; running statistics are not recorded.
         full: of how many steps to keep entries of the tensors as well.
         entries: how many entries of each tensor; of larger ones a sample.
@@ -85,7 +87,9 @@ class Recorder:
         self._parameters = parameters(own, optimizer, names, axes)
         self._writer = Writer(path if _is_first() else None, full=full, entries=entries, flush=flush)
         self._writer.begin(_about(optimizer, self._world), self._parameters)
-        self._sketcher = Sketcher(self._params, self._parameters)
+        places = {name: i for i, name in enumerate(dict.fromkeys(p.own for p in self._parameters))}
+        self._place = [places[p.own] for p in self._parameters]  # of each one's tensor in the optimizer's
+        self._sketcher = Sketcher(cast("list[Tensor]", self._pieces(self._params)), self._parameters)
         self._open: _Before | None = None
         self._hooks = [
             optimizer.register_step_pre_hook(self._before),
@@ -121,7 +125,7 @@ class Recorder:
     def _before(self, optimizer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Before a step: values, hyperparameters, and gradients, which a closure has yet to compute."""
         self._open = before = _Before([_hyper(group, optimizer) for group in optimizer.param_groups])
-        before.value = self._sketcher(self._params)
+        before.value = self._sketcher(self._pieces(self._params))
         if self._writer.count < self._writer.full:
             before.full["value"] = self._sampled(self._params)
         place = 1 if len(args) > 1 else "closure"
@@ -145,8 +149,8 @@ class Recorder:
 
     def _gradients(self, optimizer: Any, before: "_Before") -> None:
         grads = [p.grad for p in self._params]
-        before.missing = np.array([g is None for g in grads], bool)
-        before.gradient = self._sketcher(grads)
+        before.missing = np.array([grads[k] is None for k in self._place], bool)
+        before.gradient = self._sketcher(self._pieces(grads))
         scale, found_inf = getattr(optimizer, "grad_scale", None), getattr(optimizer, "found_inf", None)
         if scale is not None:  # a fused optimizer unscales by itself
             before.gradient = before.gradient / scale.to(before.gradient.device)
@@ -163,7 +167,7 @@ class Recorder:
             return
         if before.gradient is None:  # a closure that was not called
             self._gradients(optimizer, before)
-        value, gradient, after = before.value, before.gradient, self._sketcher(self._params)
+        value, gradient, after = before.value, before.gradient, self._sketcher(self._pieces(self._params))
         assert gradient is not None
         if before.full:
             now = self._sampled(self._params)
@@ -183,18 +187,20 @@ class Recorder:
             step.extra = {name: float(x) for name, x in extra.items() if x is not None}
 
         missing = before.missing
-        step = Step(0, empty_sketches(len(self._params)), missing, hyper=before.hyper, full=before.full)
+        step = Step(0, empty_sketches(len(self._parameters)), missing, hyper=before.hyper, full=before.full)
         self._writer.add(step, fill)
         if self._writer.is_due:
             self._flush()
 
+    def _pieces(self, tensors: Sequence[Tensor | None]) -> list[Tensor | None]:
+        """Of each parameter of the trace the tensor, or the part of it, among those of the optimizer's parameters."""
+        each = zip(self._parameters, self._place, strict=True)
+        return [x if (x := tensors[k]) is None or p.part is None else _part(x, p.part) for p, k in each]
+
     def _sampled(self, tensors: Sequence[Tensor | None]) -> dict[str, Any]:
-        found = {}
-        for parameter, x in zip(self._parameters, tensors, strict=True):
-            if x is not None:
-                whole = x.full_tensor() if hasattr(x, "full_tensor") else x
-                found[parameter.name] = sample(numpy(whole), parameter, self._writer.entries)
-        return found
+        whole = [numpy(_whole(x)) if x is not None else None for x in tensors]
+        each = [(p, whole[k]) for p, k in zip(self._parameters, self._place, strict=True)]
+        return {p.name: sample(x, p, self._writer.entries) for p, x in each if x is not None}
 
     def _flush(self, *, complete: bool = False) -> None:
         steps = self._writer.take()
@@ -214,6 +220,18 @@ class _Before:
         self.scale: Tensor | None = None
         self.found_inf: Tensor | None = None
         self.full: dict[str, dict[str, Any]] = {}
+
+
+def _whole(x: Any) -> Tensor:
+    return cast(Tensor, x.full_tensor() if hasattr(x, "full_tensor") else x)
+
+
+def _part(x: Tensor, part: Part) -> Tensor:
+    """A part of a tensor; of a sharded one, of the whole."""
+    x = _whole(x.detach()).contiguous()
+    if part.strides is not None:
+        return x.as_strided(part.shape, part.strides, x.storage_offset() + part.offset)
+    return x.reshape(-1)[torch.from_numpy(part.places).to(x.device)]
 
 
 def _unwrapped(optimizer: Any) -> torch.optim.Optimizer:

@@ -2,15 +2,17 @@
 
 import math
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, Final
 
 import numpy as np
 
 from ada2ms.core.state import Axes, Names
+from ada2ms.core.state.layout import layouts
 from ada2ms.core.trace import file
 from ada2ms.core.trace.file import TraceError
+from ada2ms.core.trace.parts import Part, cut
 from ada2ms.core.trace.sketch import SUMS, WIDTH, Array, reals, sketch
 
 TENSORS: Final = ("value", "gradient", "update")  # of each parameter: before the step, as the optimizer got it, after
@@ -27,6 +29,7 @@ class Parameter:
         dtype: by name, such as "float32".
         axes: for each axis of the framework's layout, which axis of the neutral layout it is; None if they are equal.
         group: which of the hyperparameters are its own.
+        part: where it is in the framework's array, if it is but a part of it; not in the file.
     """
 
     name: str
@@ -35,6 +38,15 @@ class Parameter:
     dtype: str
     axes: tuple[int, ...] | None = None
     group: int = 0
+    part: Part | None = field(default=None, compare=False, repr=False)
+
+    def data(self) -> dict[str, Any]:
+        """What a file has of it."""
+        return {each.name: getattr(self, each.name) for each in fields(self) if each.name != "part"}
+
+    def of(self, array: Any) -> Any:
+        """What of a framework's array, as one of NumPy, is this parameter's."""
+        return array if self.part is None else self.part.take(array)
 
     @property
     def size(self) -> int:
@@ -144,40 +156,31 @@ def _steps(contents: list[dict[str, Any]], tensors: dict[str, Array]) -> list[St
 def resolve(
     shapes: Mapping[str, tuple[Sequence[int], str, int]], names: Names, axes: Axes, others: Collection[str] = ()
 ) -> list[Parameter]:
-    """Parameters by neutral names and in the neutral layout.
+    """Parameters by neutral names and in the neutral layout; an array that is several in a state is several here.
 
     Args:
         shapes: by the framework's names: shape, dtype and group.
         names: the neutral name of each of the framework's names; those left out are the same in both.
-        axes: for a framework's name, how an array of the neutral layout is transposed to have the framework's.
+        axes: for a framework's name, how an array of the neutral layout is transposed to have the framework's; or a
+            function that cuts the framework's array into those of the neutral layout.
         others: parameters of the model that the optimizer is not over: names and axes for them are ignored.
 
     Raises:
         TraceError: names or axes are of parameters that do not exist, or do not fit.
     """
-    known, problems, found = {*shapes, *others}, [], []
-    given = {own: names(own) for own in shapes} if callable(names) else dict(names or {})
-    # A parameter that is several in a state is one here, in its own layout.
-    mapping = {own: name if isinstance(name, str) else "+".join(name) for own, name in given.items()}
-    problems += [f"names: there is no parameter {own!r} here" for own in mapping if own not in known]
-    problems += [f"axes: there is no parameter {own!r} here" for own in axes or {} if own not in known]
-    for own, (shape, dtype, group) in shapes.items():
-        way = None if axes is None else axes.get(own)
-        order = None if way is None or callable(way) else tuple(way)
-        if order is not None and sorted(order) != list(range(len(shape))):
-            problems.append(f"axes: {order!r} of {own!r} is no order of its {len(shape)} axes")
-            continue
-        neutral = list(shape)
-        for here, there in enumerate(order or ()):
-            neutral[there] = shape[here]
-        found.append(Parameter(mapping.get(own, own), own, tuple(map(int, neutral)), dtype, order, group))
-    called: dict[str, list[str]] = {}
-    for p in found:
-        called.setdefault(p.name, []).append(p.own)
-    problems += [f"names: {own} are all called {name!r}" for name, own in called.items() if len(own) > 1]
+    found, problems = layouts(
+        {own: tuple(map(int, shape)) for own, (shape, _, _) in shapes.items()}, names, axes, others
+    )
     if problems:
         raise TraceError("\n  - ".join(["The parameters cannot be traced:", *problems]))
-    return found
+    parameters = []
+    for own, (_, dtype, group) in shapes.items():
+        layout = found[own]
+        if callable(layout.axes):
+            parameters += [Parameter(name, own, part.shape, dtype, None, group, part) for name, part in cut(layout)]
+        else:
+            parameters.append(Parameter(layout.names[0], own, layout.shapes()[0], dtype, layout.axes, group))
+    return parameters
 
 
 def positions(size: int, limit: int) -> Array:
@@ -186,8 +189,14 @@ def positions(size: int, limit: int) -> Array:
 
 
 def sample(array: Any, parameter: Parameter, limit: int) -> Array:
-    """Entries of a tensor in the neutral layout: the tensor if it has at most `limit`, else a flat sample."""
-    array = np.asarray(array)
+    """Entries of a tensor in the neutral layout: the tensor if it has at most `limit`, else a flat sample.
+
+    Args:
+        array: of the framework's layout; of a part, that of which it is one.
+        parameter: which it is of.
+        limit: how many entries.
+    """
+    array = parameter.of(np.asarray(array))
     if parameter.axes is not None:
         array = array.transpose(np.argsort(parameter.axes))
     x = reals(array)

@@ -1,7 +1,6 @@
 """Writes a trace while a run goes on: what all recorders share."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Final
 
@@ -53,7 +52,7 @@ class Writer:
         """Writes what the trace is of; once, before the first step."""
         settings = {"full": self.full, "entries": self.entries}
         if self._file is not None:
-            self._file.append({**about, **settings, "parameters": [asdict(p) for p in parameters]}, {})
+            self._file.append({**about, **settings, "parameters": [p.data() for p in parameters]}, {})
         self._begun = True
 
     def batch(self, arrays: Sequence[Any]) -> None:
