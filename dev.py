@@ -37,7 +37,7 @@ KERAS_BACKENDS = ("tensorflow", "jax", "torch")
 LABEL = 18  # the width of the labels
 EXTRAS = {"compare": ("compare",), "slow": ("all", "dev", "examples")}  # which commands use; others use all and dev
 TESTS = {  # the files of tests that belong to one framework; all others are for none or for several
-    "torch": ("test_torch*.py", "test_compare.py"),
+    "torch": ("test_torch*.py", "test_compare*.py"),
     "jax": ("test_jax*.py",),
     "keras": ("test_keras*.py",),
 }

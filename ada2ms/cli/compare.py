@@ -12,7 +12,7 @@ from ada2ms.cli.arguments import whole_number
 if TYPE_CHECKING:
     from ada2ms.compare.protocol import Protocol
 
-_MODULES = ("torch", "pytorch_optimizer", "sklearn", "matplotlib", "rich")
+_MODULES = ("torch", "sklearn", "matplotlib", "rich")
 
 
 def add(commands: Any) -> None:
@@ -25,7 +25,12 @@ def add(commands: Any) -> None:
     )
     command.set_defaults(run=run)
     command.add_argument(
-        "--out", type=Path, default=Path("ada2ms-compare"), help="folder of the records (default: %(default)s)"
+        "--out", type=Path, help="folder of the records (default: ada2ms-compare; with --default, ada2ms-default)"
+    )
+    command.add_argument(
+        "--default",
+        action="store_true",
+        help="the study that the default adaptivity is chosen by, in place of the comparison (docs/default.md)",
     )
     command.add_argument("--smoke", action="store_true", help="runs of a few steps: only whether all of it works")
     command.add_argument("--tasks", nargs="+", metavar="TASK", help="whole names, or the words that they begin with")
@@ -43,7 +48,7 @@ def add(commands: Any) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Does, or goes on with, a comparison and reports; 0 if it is finished, 2 if it cannot run, 130 if interrupted."""
-    require_all("The comparison", _MODULES, "compare")
+    require_all("The comparison", _MODULES if arguments.default else ("pytorch_optimizer", *_MODULES), "compare")
     from rich.console import Console
     from rich.progress import (
         BarColumn,
@@ -54,13 +59,15 @@ def run(arguments: argparse.Namespace) -> int:
         TimeRemainingColumn,
     )
 
-    from ada2ms.compare import report, runner
+    from ada2ms.compare import report, runner, verdict
+    from ada2ms.compare.study import Study
 
     console = Console()
+    out = arguments.out or Path("ada2ms-default" if arguments.default else "ada2ms-compare")
     try:
         protocol = _protocol(arguments)
         if arguments.report:
-            records = runner.load(arguments.out)
+            records = runner.load(out)
         else:
             with Progress(
                 TextColumn("runs"),
@@ -75,7 +82,7 @@ def run(arguments: argparse.Namespace) -> int:
                 task = bar.add_task("")
                 records = runner.compare(
                     protocol,
-                    arguments.out,
+                    out,
                     workers=arguments.workers,
                     device=arguments.device,
                     cifar=arguments.cifar,
@@ -85,12 +92,18 @@ def run(arguments: argparse.Namespace) -> int:
         print(error, file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print(f"\nStopped; the same command goes on from what is in {arguments.out}", file=sys.stderr)
+        print(f"\nStopped; the same command goes on from what is in {out}", file=sys.stderr)
         return 130
     if not records:
-        print(f"Nothing is finished in {str(arguments.out)!r}", file=sys.stderr)
+        print(f"Nothing is finished in {str(out)!r}", file=sys.stderr)
         return 2
-    for file in report.write(protocol, records, arguments.out):
+    files = (
+        verdict.write(protocol, records, out) if isinstance(protocol, Study) else report.write(protocol, records, out)
+    )
+    if not files:
+        print(f"Fewer than two seeds are tested for every task and optimizer in {str(out)!r}", file=sys.stderr)
+        return 2
+    for file in files:
         console.print(str(file), markup=False, soft_wrap=True)
     return 0
 
@@ -99,11 +112,17 @@ def _protocol(arguments: argparse.Namespace) -> "Protocol":
     """The protocol that the arguments choose.
 
     Raises:
-        ValueError: there is no such task or optimizer.
+        ValueError: there is no such task or optimizer, or the study has no such option.
     """
+    from ada2ms.compare import study
     from ada2ms.compare.optimizers import CANDIDATES
     from ada2ms.compare.protocol import SMOKE, TASKS, Protocol
 
+    if arguments.default:
+        for option in ("tasks", "optimizers", "cifar", "seeds"):
+            if getattr(arguments, option) is not None:
+                raise ValueError(f"--{option} does not go with --default, whose protocol is fixed")
+        return study.SMOKE if arguments.smoke else study.Study()
     protocol = SMOKE if arguments.smoke else Protocol()
     if arguments.cifar is not None:
         protocol = replace(protocol, tasks=tuple(name for name, task in TASKS.items() if task.data == "CIFAR"))

@@ -84,3 +84,7 @@ CANDIDATES: Final[dict[str, Candidate]] = _BASELINES | {
     for scope in SCOPES
     for a in ADAPTIVITIES
 }
+# Beyond those of the comparison, for the study of the default.
+OPTIMIZERS: Final[dict[str, Candidate]] = CANDIDATES | {
+    named(0.9, "model"): Candidate(partial(_ada2ms, adaptivity=0.9, scope="model"), 3e-3, 0.1)
+}

@@ -10,7 +10,7 @@ import matplotlib
 import numpy as np
 
 from ada2ms.compare.optimizers import ADAPTIVITIES, SCOPES, named
-from ada2ms.compare.protocol import TASKS, Protocol, Record, Records, Stage
+from ada2ms.compare.protocol import EVERY_TASK, Protocol, Record, Records, Stage
 from ada2ms.core.hyperparameters import DEFAULTS
 
 DEFAULT: Final = named(DEFAULTS.adaptivity, "model")  # type: ignore[arg-type]  # what the others are held against
@@ -104,7 +104,7 @@ def markdown(protocol: Protocol, records: Records, rows: list[dict[str, Any]]) -
 
 
 def _against_default(protocol: Protocol, records: Records) -> list[str]:
-    visual = [task for task in protocol.tasks if TASKS[task].visual]
+    visual = [task for task in protocol.tasks if EVERY_TASK[task].visual]
     others = [name for name in protocol.optimizers if name != DEFAULT]
     found = {name: differences(protocol, records, name, visual) for name in others}
     confidence = 1 - 0.05 / max(1, sum(map(comparable, others)))

@@ -20,7 +20,7 @@ import torch
 from filelock import FileLock, Timeout
 
 from ada2ms.compare.data import LOADERS, Data, load_cifar
-from ada2ms.compare.protocol import TASKS, Protocol, Record, Run
+from ada2ms.compare.protocol import EVERY_TASK, Protocol, Record, Run
 from ada2ms.core.atomic import write_whole
 
 
@@ -53,7 +53,7 @@ def compare(
     Raises:
         CompareError: the folder holds another comparison or is in use, or CIFAR is not to be had.
     """
-    if cifar is None and any(TASKS[task].data == "CIFAR" for task in protocol.tasks):
+    if cifar is None and any(EVERY_TASK[task].data == "CIFAR" for task in protocol.tasks):
         raise CompareError("The tasks with CIFAR need its folder (--cifar FOLDER)")
     if cifar is not None:
         try:
@@ -151,7 +151,7 @@ def _end_with_parent() -> None:
 def _work(run: Run, protocol: Protocol, device: str, cifar: Path | None) -> Record:
     from ada2ms.compare.train import train
 
-    return train(run, protocol, _data(TASKS[run.task].data, protocol.share, cifar), device)
+    return train(run, protocol, _data(EVERY_TASK[run.task].data, protocol.share, cifar), device)
 
 
 @cache

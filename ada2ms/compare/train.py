@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from ada2ms.compare.data import Data, Split
-from ada2ms.compare.optimizers import CANDIDATES
-from ada2ms.compare.protocol import TASKS, Protocol, Record, Run
+from ada2ms.compare.optimizers import OPTIMIZERS
+from ada2ms.compare.protocol import EVERY_TASK, Protocol, Record, Run
 from ada2ms.demo.digits import shuffled
 
 POINTS = 30  # of a curve
@@ -22,17 +22,18 @@ def train(run: Run, protocol: Protocol, data: Data, device: str = "cpu") -> Reco
     """Trains, evaluates and returns what is recorded: plain data.
 
     The record has `validation` (accuracy and loss; 0 and None if training diverged), `train_loss` (mean over the last
-    tenth of the steps), `diverged`, `seconds`; and of a run of the stage "test" also `test`, and the `curves` of
-    training loss, root mean square of the parameters' change in a step, and adaptivity.
+    tenth of the steps), `diverged`, `seconds`; and of a run of the stage "test" also `test`, and, unless the protocol
+    wants none, the `curves` of training loss, root mean square of the parameters' change in a step, and adaptivity.
     """
     start = time.perf_counter()
     steps = protocol.steps[run.task]
     torch.manual_seed(run.seed)
-    model = TASKS[run.task].model(data).to(device)
-    optimizer = CANDIDATES[run.optimizer].make(_groups(model, run.decay), run.rate, steps)
+    model = EVERY_TASK[run.task].model(data).to(device)
+    optimizer = OPTIMIZERS[run.optimizer].make(_groups(model, run.decay), run.rate, steps)
     losses: list[float] = []
     curves: dict[str, list[float | None]] = {"step": [], "loss": [], "change": [], "adaptivity": []}
-    watched = {round((i + 1) * steps / POINTS) - 1 for i in range(POINTS)} if run.stage == "test" else set()
+    drawn = protocol.curves and run.stage == "test"
+    watched = {round((i + 1) * steps / POINTS) - 1 for i in range(POINTS)} if drawn else set()
     for step, (x, y) in enumerate(_batches(data, protocol.batch, steps, run.seed, device)):
         for group in optimizer.param_groups:
             group["lr"] = run.rate * schedule(step, steps)
@@ -57,7 +58,9 @@ def train(run: Run, protocol: Protocol, data: Data, device: str = "cpu") -> Reco
         "diverged": diverged,
     }
     if run.stage == "test":
-        record |= {"test": evaluate(model, data.test, device, diverged), "curves": curves}
+        record["test"] = evaluate(model, data.test, device, diverged)
+    if drawn:
+        record["curves"] = curves
     return {**record, "seconds": round(time.perf_counter() - start, 2)}
 
 
