@@ -8,9 +8,9 @@ from types import ModuleType
 import numpy as np
 
 import support
+from ada2ms.conformance.rule import optimizer_of
 from ada2ms.core import golden, spec
 from ada2ms.core.spec import widen
-from replays import numpy_optimizer
 
 
 @dataclass(frozen=True)
@@ -37,7 +37,7 @@ def replay(module: ModuleType, case: golden.Case, dtype: str) -> Iterator[suppor
     Only parameters and compensations are the variant's own: it must be rejected by what it does to them. The state is
     the expected one.
     """
-    optimizer = numpy_optimizer(module, case, dtype)
+    optimizer = optimizer_of(module, case, dtype)
     for group, given in zip(optimizer.groups, case.groups, strict=True):
         lr = {"lr": lambda count, lr=given.lr: lr[min(count, len(lr) - 1)]}
         group.hyper = module.Hyperparameters(**{**vars(group.hyper), **lr})

@@ -83,6 +83,15 @@ def test_core_imports_no_backend_and_no_backend_another() -> None:
                 assert area(other) == area(name), f"{name} imports {other}"
 
 
+def test_conformance_needs_the_core_alone() -> None:
+    """Also by way of what it imports; backends use its cases, but not it."""
+    for name, others in GRAPH.items():
+        if area(name) == "conformance":
+            assert {area(other) for other in others} <= {"core", "conformance", ""}, name
+        elif area(name) in (*BACKENDS, "core"):
+            assert "conformance" not in {area(other) for other in others}, name
+
+
 def test_the_specification_is_independent_of_what_backends_use() -> None:
     """It judges them: what they compute by core's functions, it computes by itself."""
     assert GRAPH["ada2ms.core.spec"] == {"ada2ms.core.hyperparameters"}

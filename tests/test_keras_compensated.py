@@ -14,8 +14,8 @@ from test_keras_fit import X, Y, network
 from ada2ms import core
 from ada2ms.core import spec
 from ada2ms.tf import Ada2MS
+from ada2ms.tf.drive import compiled_apply
 from ada2ms.tf.kernels.rounding import rounded
-from replays import keras_compiled
 
 pytestmark = pytest.mark.keras
 
@@ -119,7 +119,7 @@ def test_a_16_bit_network_follows_its_float32_twin(dtype: str) -> None:
         targets = variables([spec.widen(to_core(p, dtype)) for p in params], "float32" if name == "float32" else dtype)
         optimizer = Ada2MS(2.0**-17, weight_decay=8.0, **options)
         optimizer.build(targets)
-        update = keras_compiled(optimizer, targets)
+        update = compiled_apply(optimizer, targets)
         for _ in range(1000):
             gradients = hand_made([numpy(v).astype("float64") for v in targets])(0)
             update([ops.convert_to_tensor(g.astype("float32")) for g in gradients], targets)
