@@ -5,6 +5,7 @@
     test               format, lint, types, golden vectors and the tests
     quick              in under a minute, while you work: golden vectors in every framework, mutants, imports
     slow               the frameworks' own test-suites, the multi-process tests and the examples
+    docs               the site, in the folder site; a warning or a link that leads nowhere is an error
     gpu [options]      tests and benchmarks on a GPU, in one report, by the Python that runs this; see benchmarks/gpu.py
     setup              only the environment of the tests: .venv, with the versions that constraints.txt pins
 
@@ -35,7 +36,11 @@ PYTHON = VENV / ("Scripts/python.exe" if os.name == "nt" else "bin/python")
 STAMP = VENV / "up-to-date"
 KERAS_BACKENDS = ("tensorflow", "jax", "torch")
 LABEL = 18  # the width of the labels
-EXTRAS = {"compare": ("compare",), "slow": ("all", "dev", "examples")}  # which commands use; others use all and dev
+EXTRAS = {  # which commands use; others use all and dev
+    "compare": ("compare",),
+    "docs": ("torch", "tf", "jax", "docs"),
+    "slow": ("all", "dev", "examples", "docs"),
+}
 TESTS = {  # the files of tests that belong to one framework; all others are for none or for several
     "torch": ("test_torch*.py", "test_compare*.py"),
     "jax": ("test_jax*.py",),
@@ -203,19 +208,32 @@ def slow() -> list[Job]:
     return [own, *lanes("slow")]
 
 
+def site() -> list[Job]:
+    build = ("-b", "html", "-d", "site/.doctrees", "docs", "site")
+    return [Job("site", ("sphinx", "--fail-on-warning", "--keep-going", "--fresh-env", "--quiet", *build))]
+
+
+def docs() -> bool:
+    """Builds the site and checks its links; whether it is whole."""
+    shutil.rmtree(ROOT / "site", ignore_errors=True)
+    whole = run_all(site()) and run_all([Job("links", ("docs.links", "site"))])
+    print(f"Site: {ROOT / 'site' / 'index.html'}" if whole else "The site is not whole")
+    return whole
+
+
 def main() -> int:
     command, *options = sys.argv[1:] or ["--help"]
     if command == "gpu":
         return subprocess.run([sys.executable, ROOT / "benchmarks" / "gpu.py", *options]).returncode
     takes_options = command in ("demo", "compare")
-    jobs = {"test": test, "quick": quick, "slow": slow, "setup": lambda: []}
+    jobs = {"test": test, "quick": quick, "slow": slow, "docs": site, "setup": lambda: []}
     if not (takes_options or command in jobs) or (options and not takes_options):
         print(__doc__)
         return 0 if command in ("-h", "--help") else 2
     setup(*(of_demo(options) if command == "demo" else EXTRAS.get(command, ("all", "dev"))))
     if takes_options:
         return subprocess.run([PYTHON, "-m", "ada2ms", command, *options]).returncode
-    return 0 if run_all(jobs[command]()) else 1
+    return 0 if (docs() if command == "docs" else run_all(jobs[command]())) else 1
 
 
 if __name__ == "__main__":

@@ -41,6 +41,7 @@ class Deviation:
 
     @property
     def ok(self) -> bool:
+        """Whether it is within the bound."""
         return not self.reason and self.error <= self.bound
 
     def __str__(self) -> str:

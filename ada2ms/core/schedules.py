@@ -65,7 +65,14 @@ def _above_0(argument: str, value: Any, *, whole: bool) -> float | int:
 
 @dataclass(frozen=True)
 class Constant(AdaptivitySchedule):
-    """The same adaptivity, `value`, for every update."""
+    """The same adaptivity, `value`, for every update.
+
+    Args:
+        value: in [0, 1].
+
+    Raises:
+        TypeError, ValueError: naming the argument, its value and what is allowed.
+    """
 
     value: float
     kind: ClassVar[str] = "constant"
@@ -76,7 +83,16 @@ class Constant(AdaptivitySchedule):
 
 @dataclass(frozen=True)
 class Linear(AdaptivitySchedule):
-    """From `start` to `end` in a straight line over `steps` updates, then `end`."""
+    """From `start` to `end` in a straight line over `steps` updates, then `end`.
+
+    Args:
+        start: the adaptivity of the first update, in [0, 1].
+        end: that of the update after `steps` others, and of all later ones, in [0, 1].
+        steps: the number of updates, at least 1.
+
+    Raises:
+        TypeError, ValueError: naming the argument, its value and what is allowed.
+    """
 
     start: float
     end: float
@@ -89,7 +105,16 @@ class Linear(AdaptivitySchedule):
 
 @dataclass(frozen=True)
 class Cosine(AdaptivitySchedule):
-    """From `start` to `end` along half a cosine over `steps` updates, then `end`."""
+    """From `start` to `end` along half a cosine over `steps` updates, then `end`.
+
+    Args:
+        start: the adaptivity of the first update, in [0, 1].
+        end: that of the update after `steps` others, and of all later ones, in [0, 1].
+        steps: the number of updates, at least 1.
+
+    Raises:
+        TypeError, ValueError: naming the argument, its value and what is allowed.
+    """
 
     start: float
     end: float
@@ -102,7 +127,16 @@ class Cosine(AdaptivitySchedule):
 
 @dataclass(frozen=True)
 class Exponential(AdaptivitySchedule):
-    """From `start` towards `end`, halving the distance every `half_life` updates."""
+    """From `start` towards `end`, halving the distance every `half_life` updates.
+
+    Args:
+        start: the adaptivity of the first update, in [0, 1].
+        end: what it comes near to, in [0, 1].
+        half_life: a number of updates, above 0.
+
+    Raises:
+        TypeError, ValueError: naming the argument, its value and what is allowed.
+    """
 
     start: float
     end: float

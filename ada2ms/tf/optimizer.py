@@ -70,8 +70,9 @@ class Ada2MS(Reducing):
             this optimizer, is larger are scaled down to it, before all of the rule. It is the norm of the gradients
             that the rule is given, which the step has anyway: after unscaling and accumulation, and of all replicas
             together. `Ada2MSLogger` logs it. 0 is None, as in Keras. Defaults to `None`.
-        name, clipnorm, clipvalue, use_ema, ema_momentum, ema_overwrite_frequency, loss_scale_factor,
-            gradient_accumulation_steps: as in every Keras optimizer. Clipping comes before all of the rule.
+        name, clipnorm, clipvalue: as in every Keras optimizer. Clipping comes before all of the rule.
+        use_ema, ema_momentum, ema_overwrite_frequency, loss_scale_factor, gradient_accumulation_steps: as in every
+            Keras optimizer.
         compensated: whether variables of float16 and bfloat16 keep what their rounding loses, in a state `compensation`
             of their own type, so that small updates add up. Others ignore it. Defaults to `False`.
         groups: `ada2ms.core.Group`s: variables with hyperparameters of their own. A group's `match` is searched in a

@@ -5,7 +5,12 @@ from typing import Any
 
 
 class StateError(ValueError):
-    """A state that is not valid, or does not fit where it should go; the message lists every reason."""
+    """A state that is not valid, or does not fit where it should go; the message lists every reason.
+
+    Args:
+        what: what cannot be done.
+        problems: the reasons, each a sentence.
+    """
 
     def __init__(self, what: str, problems: Iterable[str]) -> None:
         self.what, self.problems = what, list(problems)
