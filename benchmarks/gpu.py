@@ -120,6 +120,7 @@ def markdown(data: dict[str, dict[str, Any]]) -> list[str]:
 def torch_steps(params: list[Any], on_gpu: bool) -> dict[str, Step]:
     """A step of each optimizer. They share parameters and gradients, but no state."""
     import torch
+    from torch_trace import plain_and_recorded
 
     from ada2ms.torch import Ada2MS
 
@@ -127,7 +128,7 @@ def torch_steps(params: list[Any], on_gpu: bool) -> dict[str, Step]:
         torch.nn.utils.clip_grad_norm_(params, 1e9)
         optimizer.step()
 
-    steps: dict[str, Step] = {"AdamW fused": torch.optim.AdamW(params, fused=True).step}
+    steps: dict[str, Step] = plain_and_recorded(params)
     steps |= {f"Ada2MS {a:g} fused": Ada2MS(params, adaptivity=a, fused=True).step for a in (0.0, 0.3, 0.5, 1.0)}
     steps["clip, AdamW fused"] = partial(clipped, torch.optim.AdamW(params, fused=True))
     steps["clip, Ada2MS 0.5 fused"] = partial(clipped, Ada2MS(params, adaptivity=0.5, fused=True))

@@ -225,7 +225,7 @@ def test_sketches_are_those_of_numpy(monkeypatch: pytest.MonkeyPatch) -> None:
         torch.randn(6, 5, generator=rng).half(),
         torch.randn(6, 5, generator=rng, dtype=torch.complex64),
     ]
-    monkeypatch.setattr("ada2ms.torch.sketches._BLOCK", 1000)
+    monkeypatch.setattr("ada2ms.torch.sketches_plain._BLOCK", 1000)
     found = like(tensors)(tensors)
     for x, row in zip(tensors, found.numpy(), strict=True):
         wide = x.float() if x.dtype in (torch.bfloat16, torch.float16) else x

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from ada2ms.core.hyperparameters import value_at
 from ada2ms.core.state import Axes, Extras, Names
 from ada2ms.core.trace import Parameter, Step, TraceError, Writer
-from ada2ms.core.trace.model import empty_sketches, resolve, sample
+from ada2ms.core.trace.model import TENSORS, empty_sketches, resolve, sample
 from ada2ms.core.trace.parts import Part
 from ada2ms.core.trace.writer import DEFAULT_ENTRIES, DEFAULT_FLUSH, DEFAULT_FULL
 from ada2ms.torch.numbers import number, numpy
@@ -177,17 +177,20 @@ class Recorder:
         scale, found_inf = before.scale, before.found_inf
 
         def fill(step: Step) -> None:
-            step.sketches = {"value": _host(value), "gradient": _host(gradient), "update": _host(after)}
+            found = torch.stack([value, gradient, after]).cpu().numpy().astype(np.float64)
+            step.sketches = dict(zip(TENSORS, found, strict=True))
             update = step.sketches["update"]
-            update[:, 1:] -= step.sketches["value"][:, 1:]
-            update[:, 0] = np.sqrt(np.mean(np.square(update[:, 1:]), axis=1))
+            with np.errstate(invalid="ignore", over="ignore"):  # of a run that diverges
+                update[:, 1:] -= step.sketches["value"][:, 1:]
+                update[:, 0] = np.sqrt(np.mean(np.square(update[:, 1:]), axis=1))
             step.sketches["gradient"][step.missing] = np.nan
+            step.hyper = [_finite(group) for group in before.hyper]
             step.skipped = found_inf is not None and bool(found_inf)
             extra = {"s": s, "loss_scale": scale, "untraced": known - len(self._params) or None}
             step.extra = {name: float(x) for name, x in extra.items() if x is not None}
 
         missing = before.missing
-        step = Step(0, empty_sketches(len(self._parameters)), missing, hyper=before.hyper, full=before.full)
+        step = Step(0, empty_sketches(len(self._parameters)), missing, full=before.full)
         self._writer.add(step, fill)
         if self._writer.is_due:
             self._flush()
@@ -212,7 +215,7 @@ class Recorder:
 class _Before:
     """What is known of a step before it is done."""
 
-    def __init__(self, hyper: list[dict[str, float]]) -> None:
+    def __init__(self, hyper: list[dict[str, Any]]) -> None:
         self.hyper = hyper
         self.value: Tensor | None = None
         self.gradient: Tensor | None = None
@@ -288,21 +291,34 @@ def _about(optimizer: torch.optim.Optimizer, world: int) -> dict[str, Any]:
     }
 
 
-def _hyper(group: Mapping[str, Any], optimizer: Any) -> dict[str, float]:
-    """The numbers among a group's hyperparameters, by neutral names."""
-    found: dict[str, float] = {}
+def _hyper(group: Mapping[str, Any], optimizer: Any) -> dict[str, Any]:
+    """The numbers among a group's hyperparameters, by neutral names; of tensors copies, so that nothing waits."""
+    found: dict[str, Any] = {}
     for name, value in group.items():
-        value = number(value)
         if name == "betas":
-            found["b1"], found["b2"] = (float(number(b)) for b in value)
+            found["b1"], found["b2"] = (_kept(b) for b in value)
         elif name == "adaptivity" and callable(value):
             counts = [optimizer.state[p]["global_step"] for p in group["params"] if "global_step" in optimizer.state[p]]
             found[name] = float(value_at(value, int(counts[0]) if counts else 0))
-        elif name not in _HOW and isinstance(value, (int, float)) and math.isfinite(value):
-            found[name] = float(value)
+        elif name not in _HOW and (isinstance(value, (int, float)) or _is_scalar(value)):
+            found[name] = _kept(value)
     if group.get("maximize"):
         found["maximize"] = 1.0
     return found
+
+
+def _is_scalar(value: Any) -> bool:
+    return isinstance(value, Tensor) and value.numel() == 1
+
+
+def _kept(value: Any) -> Any:
+    """The number, or a copy of it on its device, where it may be changed in place."""
+    return value.detach().clone() if isinstance(value, Tensor) else float(value)
+
+
+def _finite(hyper: Mapping[str, Any]) -> dict[str, float]:
+    numbers = {name: float(number(x)) for name, x in hyper.items()}
+    return {name: x for name, x in numbers.items() if math.isfinite(x)}
 
 
 def _global_moment(optimizer: torch.optim.Optimizer) -> Tensor | None:
@@ -316,10 +332,6 @@ def _global_moment(optimizer: torch.optim.Optimizer) -> Tensor | None:
 
 def _numpy(x: Any) -> Any:
     return numpy(x) if isinstance(x, Tensor) else np.asarray(x)
-
-
-def _host(x: Tensor) -> Any:
-    return x.cpu().numpy().astype(np.float64)
 
 
 def _is_first() -> bool:

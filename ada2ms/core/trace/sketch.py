@@ -26,8 +26,22 @@ BLOCK: Final = 1024  # entries that are summed in the tensor's own precision, be
 RESOLUTION: Final = 16.0
 
 
+class Codes(NamedTuple):
+    """The signs of a tensor's entries, as a matrix of its leading axes by its trailing ones.
+
+    Bit k of a code is set where the sign in sum k is -1. An entry's code is the exclusive or of its row's and column's.
+
+    Attributes:
+        rows: uint8, one for each of the leading indices.
+        columns: uint8, one for each of the trailing indices.
+    """
+
+    rows: Array
+    columns: Array
+
+
 class Signs(NamedTuple):
-    """The signs of a tensor's entries, as a matrix of its leading axes by its trailing ones: products of the two.
+    """The same as numbers 1 and -1, whose products are an entry's signs.
 
     Attributes:
         rows: int8 of shape (SUMS, product of the leading sizes).
@@ -38,24 +52,34 @@ class Signs(NamedTuple):
     columns: Array
 
 
-def axis_signs(axis: int, start: int, stop: int) -> Array:
-    """Signs along an axis of the neutral layout, for the indices from `start` to `stop`: int8, (SUMS, stop - start)."""
+def axis_codes(axis: int, start: int, stop: int) -> Array:
+    """Codes along an axis of the neutral layout, for the indices from `start` to `stop`: uint8, (stop - start,)."""
     x = np.arange(start, stop, dtype=np.uint64).astype(np.uint32) + np.uint32(0x9E3779B9 * (axis + 1) & 0xFFFFFFFF)
     for shift, factor in MIXING:
         x ^= x >> np.uint32(shift)
         x *= np.uint32(factor)
-    bits = x >> np.arange(8, 8 + SUMS, dtype=np.uint32)[:, None] & np.uint32(1)
+    return (x >> np.uint32(8)).astype(np.uint8)  # of the hash the bits from 8 to 8 + SUMS
+
+
+def axis_signs(axis: int, start: int, stop: int) -> Array:
+    """Signs along an axis of the neutral layout, for the indices from `start` to `stop`: int8, (SUMS, stop - start)."""
+    return signs_of(axis_codes(axis, start, stop))
+
+
+def signs_of(codes: Array) -> Array:
+    """The signs that are coded: int8, (SUMS, number of codes)."""
+    bits = codes >> np.arange(SUMS, dtype=np.uint8)[:, None] & np.uint8(1)
     return np.where(bits, -1, 1).astype(np.int8)
 
 
-def signs(
+def codes(
     shape: Sequence[int],
     axes: Sequence[int] | None = None,
     *,
     offset: Sequence[int] | None = None,
     is_complex: bool = False,
-) -> Signs:
-    """The signs of a tensor in a framework's layout.
+) -> Codes:
+    """The codes of a tensor in a framework's layout.
 
     Args:
         shape: of the tensor, or of the part of it that is here.
@@ -65,20 +89,32 @@ def signs(
     """
     order = list(range(len(shape))) if axes is None else list(axes)
     begin = [0] * len(shape) if offset is None else list(offset)
-    each = [axis_signs(k, b, b + n) for k, b, n in zip(order, begin, shape, strict=True)]
+    each = [axis_codes(k, b, b + n) for k, b, n in zip(order, begin, shape, strict=True)]
     if is_complex:
-        each.append(axis_signs(len(shape), 0, 2))
-    sizes = [x.shape[1] for x in each]
-    # As few signs as possible; of a vector all in the rows, along which is summed first.
+        each.append(axis_codes(len(shape), 0, 2))
+    sizes = [len(x) for x in each]
+    # As few codes as possible; of a vector all in the rows, along which is summed first.
     cut = min(range(len(sizes), -1, -1), key=lambda i: math.prod(sizes[:i]) + math.prod(sizes[i:]))
-    return Signs(_product(each[:cut]), _product(each[cut:]))
+    return Codes(_product(each[:cut]), _product(each[cut:]))
+
+
+def signs(
+    shape: Sequence[int],
+    axes: Sequence[int] | None = None,
+    *,
+    offset: Sequence[int] | None = None,
+    is_complex: bool = False,
+) -> Signs:
+    """The signs of a tensor in a framework's layout; see `codes`."""
+    found = codes(shape, axes, offset=offset, is_complex=is_complex)
+    return Signs(signs_of(found.rows), signs_of(found.columns))
 
 
 def _product(each: Sequence[Array]) -> Array:
-    """The signs of several axes together, the last running fastest."""
-    product = np.ones((SUMS, 1), np.int8)
+    """The codes of several axes together, the last running fastest."""
+    product = np.zeros(1, np.uint8)
     for x in each:
-        product = (product[:, :, None] * x[:, None, :]).reshape(SUMS, -1)
+        product = (product[:, None] ^ x[None, :]).reshape(-1)
     return product
 
 

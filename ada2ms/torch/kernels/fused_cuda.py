@@ -190,7 +190,7 @@ def _table(rows: NDArray[Any], device: torch.device) -> tuple[Tensor, Tensor]:
         on_device = _on_device(table.ravel().tolist(), torch.int64, device)
         return on_device, torch.repeat_interleave(on_device[7 :: table.shape[1]], output_size=int(programs.sum()))
     owners = np.repeat(np.arange(len(rows)), programs)
-    on_device = _copied(torch.from_numpy(np.concatenate([table.ravel(), owners])), device)
+    on_device = copied(torch.from_numpy(np.concatenate([table.ravel(), owners])), device)
     return on_device[: table.size], on_device[table.size :]
 
 
@@ -230,10 +230,10 @@ def _on_device(numbers: Sequence[float], dtype: torch.dtype, device: torch.devic
         vector = torch.zeros(len(numbers), dtype=dtype, device=device)
         torch._foreach_add_(list(vector.unbind()), numbers)  # takes them as arguments of its kernel
         return vector
-    return _copied(torch.tensor(numbers, dtype=dtype, device="cpu"), device)  # whatever the default device is
+    return copied(torch.tensor(numbers, dtype=dtype, device="cpu"), device)  # whatever the default device is
 
 
-def _copied(host: Tensor, device: torch.device) -> Tensor:
+def copied(host: Tensor, device: torch.device) -> Tensor:
     """A copy on the device, from pinned memory, so that the host need not wait for it."""
     if device.type == "cuda":
         host = host.pin_memory()
