@@ -141,6 +141,19 @@ def test_every_page_is_on_the_site_once() -> None:
     assert [name for name in names - set(listed) if "/" in name] == []
 
 
+def test_every_row_of_distributed_training_names_a_case_that_is_there() -> None:
+    """In its last column: a test, or what the tests of distributed training call a case."""
+    tests = "".join(path.read_text() for path in (ROOT / "tests").glob("*.py"))
+    text = (ROOT / "docs" / "global.md").read_text()
+    rows = [line.split("|") for line in text.splitlines() if line.startswith("| ") and not line.startswith("| ---")]
+    assert len(rows) > 30
+    for *_, cases, _ in (row for row in rows if row[-2].strip().lower() not in ("case", "test")):
+        named = [name.rpartition("::")[2] for name in re.findall(r"`([^`]+)`", cases)]
+        assert named, cases
+        for name in named:
+            assert f"def {name}(" in tests or f'"{name}"' in tests, name
+
+
 def test_broken_links_of_a_built_site_are_found(tmp_path: Path) -> None:
     (tmp_path / "b").mkdir()
     (tmp_path / "a.html").write_text('<p id="x"></p><a href="b/c.html#y">1</a><a href="#x">2</a><img src="no.png">')
