@@ -9,9 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.optim import lr_scheduler
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from torch_support import Operations, shared_numbers
+from torch_support import Operations, Waits, shared_numbers
 
 from ada2ms import core
 from ada2ms.torch import Ada2MS
@@ -183,26 +182,6 @@ def test_fake_tensors(options: dict[str, Any]) -> None:
             model(torch.ones(2, 3)).sum().backward()
             optimizer.step()
     assert optimizer.state[model.weight]["exp_avg"].shape == (4, 3)
-
-
-class Waits(TorchDispatchMode):
-    """Notes what makes Python wait for the device: reading a value, copying from it, or to it from pageable memory."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.found: list[str] = []
-        self.operations = 0
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        result = func(*args, **(kwargs or {}))
-        given, made = (
-            {x.device.type for x in tree_leaves(tree) if isinstance(x, Tensor)} for tree in ((args, kwargs), result)
-        )
-        self.operations += "cuda" in made
-        copied = func._schema.name in ("aten::_to_copy", "aten::copy_") and len(given | made) > 1
-        if copied or ("cuda" in given and (made == {"cpu"} or "_local_scalar_dense" in func._schema.name)):
-            self.found.append(f"{func}: {given} to {made}")
-        return result
 
 
 @pytest.mark.parametrize("scope", ["model", "tensor"])

@@ -7,6 +7,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from ada2ms.torch import Ada2MS
 
@@ -30,6 +31,26 @@ class Operations(TorchDispatchMode):
         if not func.is_view:
             self.found.append(func._schema.name)
         return func(*args, **(kwargs or {}))
+
+
+class Waits(TorchDispatchMode):
+    """Notes what makes Python wait for the device: reading a value, copying from it, or to it from pageable memory."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: list[str] = []
+        self.operations = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        given, made = (
+            {x.device.type for x in tree_leaves(tree) if isinstance(x, Tensor)} for tree in ((args, kwargs), result)
+        )
+        self.operations += "cuda" in made
+        copied = func._schema.name in ("aten::_to_copy", "aten::copy_") and len(given | made) > 1
+        if copied or ("cuda" in given and (made == {"cpu"} or "_local_scalar_dense" in func._schema.name)):
+            self.found.append(f"{func}: {given} to {made}")
+        return result
 
 
 def parameter(n: int) -> nn.Parameter:

@@ -6,6 +6,7 @@ require("jax", "jax")
 require("optax", "jax")
 
 from ada2ms.jax.layers import plain_layers
+from ada2ms.jax.measurements import measure
 from ada2ms.jax.optimizer import ada2ms, scale_by_ada2ms
 from ada2ms.jax.receipt import export_gradients
 from ada2ms.jax.state import CompensatedAda2MSState, ScaleByAda2MSState
@@ -21,6 +22,7 @@ __all__ = [
     "export_gradients",
     "export_state",
     "import_state",
+    "measure",
     "plain_layers",
     "recorded",
     "scale_by_ada2ms",

@@ -32,6 +32,12 @@ def flatten(tree: Any) -> tuple[list[tuple[str, Any]], Any]:
     return [(_name(path), leaf) for path, leaf in leaves], structure
 
 
+def without_boxes(tree: Any) -> Any:
+    """The tree with arrays where boxes of flax are, each in its box's place."""
+    leaves, structure = flatten(tree)
+    return structure.unflatten([jax.tree.leaves(box)[0] if jax.tree.leaves(box) else None for _, box in leaves])
+
+
 def names_of_leaves(tree: Any) -> list[str]:
     """The name of each leaf, in their order; those in which `by_path` has it.
 

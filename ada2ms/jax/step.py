@@ -50,7 +50,7 @@ def update(
         state=[count, s, skipped, steps],
         step_is_live=step_is_live,
     )
-    groups = {i: _group(hypers[i], count, s, steps) for i in sorted(set(leaves.groups))}
+    groups = {i: of_group(hypers[i], count, s, steps) for i in sorted(set(leaves.groups))}
     new_updates, slots = _update_leaves(leaves, groups, clip, step_is_live)
     state = state._replace(count=count, s=s, skipped=skipped, steps=steps, **slots)
     return new_updates, state
@@ -125,7 +125,7 @@ def _advance(
 # coefficients
 
 
-class _Group(NamedTuple):
+class OfGroup(NamedTuple):
     """What the kernel is given for every leaf of a group."""
 
     step_size: jax.Array
@@ -135,11 +135,12 @@ class _Group(NamedTuple):
     denom_can_be_zero: bool
 
 
-def _group(hyper: Hyper, count: jax.Array, s: jax.Array, steps: jax.Array) -> _Group:
+def of_group(hyper: Hyper, count: jax.Array, s: jax.Array, steps: jax.Array) -> OfGroup:
+    """What the kernel is given, by the counts and the global second moment after the step."""
     a = hyper.adaptivity
     known = isinstance(a, float) and power_kind(a / 2) is not PowerKind.POWER
     step_size, denom_scale = _coefficients(
-        logs=[_log(hyper.b1), _log(hyper.b2)],
+        logs=[log_beta(hyper.b1), log_beta(hyper.b2)],
         a=a if known else [a, (1 - a) / 2 if isinstance(a, float) else None],
         count=count,
         s=s,
@@ -156,7 +157,7 @@ def _group(hyper: Hyper, count: jax.Array, s: jax.Array, steps: jax.Array) -> _G
         weight_decay=hyper.weight_decay,
     )
     kind, can_be_zero = power_kind(numbers.exponent), denom_can_be_zero(hyper.eps, _SMALLEST)
-    return _Group(step_size, denom_scale, numbers, kind, can_be_zero)
+    return OfGroup(step_size, denom_scale, numbers, kind, can_be_zero)
 
 
 @specialized
@@ -186,8 +187,8 @@ def _coefficients(
     return found.step_size, jnp.broadcast_to(found.denom_scale, t.shape)
 
 
-def _log(beta: Any) -> Any:
-    """In double precision if the host knows beta, whose own digits float32 does not hold: it is near 1."""
+def log_beta(beta: Any) -> Any:
+    """Its logarithm; in double precision if the host knows beta, which is near 1, where float32 has too few digits."""
     if isinstance(beta, float):
         return math.log(beta) if beta else -math.inf
     return _log_of_array(beta=beta)
@@ -202,7 +203,7 @@ def _log_of_array(*, beta: jax.Array) -> jax.Array:
 
 
 def _update_leaves(
-    leaves: Leaves, groups: dict[int, _Group], clip: jax.Array | None, step_is_live: jax.Array | None
+    leaves: Leaves, groups: dict[int, OfGroup], clip: jax.Array | None, step_is_live: jax.Array | None
 ) -> tuple[optax.Updates, dict[str, optax.Params]]:
     """The updates and the new slots; leaves without a gradient keep their slots, and have None for an update."""
     new_updates = leaves.gradients.copy()

@@ -28,6 +28,7 @@ if int(keras.__version__.partition(".")[0]) < 3:
 
 from ada2ms.tf.callback import Ada2MSLogger
 from ada2ms.tf.layers import plain_layers
+from ada2ms.tf.measurements import measure
 from ada2ms.tf.optimizer import Ada2MS
 from ada2ms.tf.receipt import export_gradients
 from ada2ms.tf.trace import Recorder
@@ -41,5 +42,6 @@ __all__ = [
     "export_gradients",
     "export_state",
     "import_state",
+    "measure",
     "plain_layers",
 ]

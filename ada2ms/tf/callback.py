@@ -10,6 +10,7 @@ from keras import ops
 
 from ada2ms.core.coefficients import bias_correction
 from ada2ms.core.hyperparameters import value_at
+from ada2ms.tf.measurements import measure
 from ada2ms.tf.optimizer import Ada2MS
 from ada2ms.tf.step import b2_of_moments, of_moment
 
@@ -30,6 +31,10 @@ class Ada2MSLogger(keras.callbacks.Callback):  # type: ignore[misc]
     All but the first are NaN before the first update. With groups, `adaptivity` and the hyperparameters that the others
     use are the optimizer's own.
 
+    Args:
+        layers: whether the logs get all numbers of `measure`, too, `update_ratios` of each variable among them, of the
+            epoch's last update: False, True, or a regular expression that is searched in the variables' paths.
+
     Raises:
         TypeError: at the start of training, where the model's optimizer is neither Ada2MS nor a LossScaleOptimizer of
             one.
@@ -38,6 +43,12 @@ class Ada2MSLogger(keras.callbacks.Callback):  # type: ignore[misc]
     >>> history = model.fit(x, y, epochs=10, callbacks=[Ada2MSLogger()])
     >>> history.history["adaptivity"]
     """
+
+    def __init__(self, layers: bool | str = False) -> None:
+        super().__init__()
+        if not isinstance(layers, (bool, str)):
+            raise TypeError(f"Invalid layers: {layers!r} (must be True, False or a regular expression)")
+        self.layers = layers
 
     def on_train_begin(self, logs: dict[str, Any] | None = None) -> None:
         """Makes sure that there is something to log."""
@@ -65,6 +76,8 @@ class Ada2MSLogger(keras.callbacks.Callback):  # type: ignore[misc]
             if optimizer._gradient_norm is not None:
                 steps = sum(_numbers(optimizer._steps)) + _numbers(optimizer._skipped)[0]
                 logs["gradient_norm"] = _numbers(optimizer._gradient_norm)[0] if steps else math.nan
+            if self.layers is not False:
+                logs.update(measure(optimizer, self.model, match="" if self.layers is True else self.layers, wait=True))
 
     def _optimizer(self) -> Ada2MS:
         optimizer = self.model.optimizer

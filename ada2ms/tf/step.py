@@ -57,8 +57,8 @@ def take_step(
         clip = _select(step_is_live, clip, 1)
     for part, adaptivity in zip(parts, adaptivities, strict=True):
         own = [indices[i] for i in part.positions]
-        coefficients = _coefficients(optimizer, part, own, lr, adaptivity, moved, clip, step_is_live)
-        _update(optimizer, part, own, [grads[i] for i in part.positions], variables, coefficients, step_is_live)
+        each = coefficients(optimizer, part, own, lr, adaptivity, moved, clip, step_is_live)
+        _update(optimizer, part, own, [grads[i] for i in part.positions], variables, each, step_is_live)
 
 
 def _update(
@@ -151,11 +151,11 @@ def _advance(optimizer: "Ada2MS", indices: list[int], sums: Sums, step_is_live: 
     if optimizer.scope == "model":
         numel = max(sum(optimizer._numel[i] for i in indices), 1)
         new_s = _constant(b2, dtype) * s + sums.total * _constant((1 - b2) / numel, dtype)
-        s_hat = new_s / _bias_correction(b2, ops.cast(new_k, dtype))
+        s_hat = new_s / correction_of_moments(b2, ops.cast(new_k, dtype))
     else:
         shares = _shares(optimizer, indices, sums.each, b2)
         new_s = ops.where(ops.convert_to_tensor(has_gradient), _constant(b2, dtype) * s + shares, s)
-        s_hat = new_s / _bias_correction(b2, count)
+        s_hat = new_s / correction_of_moments(b2, count)
 
     optimizer.assign(optimizer._global_velocity, _select(step_is_live, new_s, s))
     optimizer.assign(optimizer._global_step, _select(step_is_live, new_k, k))
@@ -180,7 +180,7 @@ def _constant(x: float | Array, dtype: str) -> Tensor | float:
     return ops.convert_to_tensor(x.astype(dtype)) if isinstance(x, np.ndarray) else x
 
 
-def _bias_correction(b2: float | Array, count: Tensor) -> Tensor:
+def correction_of_moments(b2: float | Array, count: Tensor) -> Tensor:
     """1 - b2^count, of one b2 or of as many as there are counts, whose logarithms are taken in double precision."""
     if not isinstance(b2, np.ndarray):
         return bias_correction(b2, count, ops.expm1)
@@ -200,7 +200,7 @@ def _shares(optimizer: "Ada2MS", indices: list[int], sums: Tensor, b2: float | A
     return ops.scatter(ops.convert_to_tensor(np.array(indices)[:, None]), shares, (n,))
 
 
-def _coefficients(
+def coefficients(
     optimizer: "Ada2MS",
     part: Part,
     indices: list[int],

@@ -9,6 +9,7 @@ import torch
 from ada2ms.core.schedules import KINDS
 from ada2ms.torch.groups import param_groups
 from ada2ms.torch.layers import plain_layers
+from ada2ms.torch.measurements import measure
 from ada2ms.torch.optimizer import Ada2MS
 from ada2ms.torch.receipt import export_gradients
 from ada2ms.torch.trace import Recorder
@@ -24,6 +25,7 @@ __all__ = [
     "export_gradients",
     "export_state",
     "import_state",
+    "measure",
     "param_groups",
     "plain_layers",
 ]

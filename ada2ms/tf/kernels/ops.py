@@ -91,6 +91,8 @@ def _power(x: Tensor, exponent: Tensor | float) -> Tensor:
         from ada2ms.tf.kernels.power import power
 
         return power(x, ops.cast(exponent, "float32"))
+    if keras.backend.backend() == "torch":  # on which ops.maximum makes float32 of float64
+        return x**exponent
     logarithm = ops.log(x)
     if not isinstance(exponent, float):
         logarithm = ops.maximum(logarithm, -1e30)  # finite, since exponent 0 times -inf is NaN, and 0^0 is 1
