@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Final
+from typing import Any, Final, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -37,6 +37,40 @@ class Snapshot:
 
 # Runs a case in a dtype on a device; yields a snapshot after each recorded step, and None after the steps between.
 Replay = Callable[[golden.Case, str, str], Iterator[Snapshot | None]]
+
+
+@dataclass(frozen=True)
+class Path:
+    """A way in which a framework makes a step on a device.
+
+    Attributes:
+        name: such as "foreach" or "jit".
+        replay: runs golden cases that way; None if it cannot be had here.
+        reason: why it cannot.
+        share: which cases `ada2ms check` runs by it: "all", "cover", those that together tell every known wrong
+            variant, or "few" of these.
+    """
+
+    name: str
+    replay: Replay | None = None
+    reason: str = ""
+    share: Literal["all", "cover", "few"] = "cover"
+
+
+@dataclass(frozen=True)
+class Race:
+    """A step of Ada2MS and one of the framework's own AdamW, by the same path over like parameters.
+
+    Attributes:
+        path: its name.
+        ours, theirs: a step each.
+        wait: returns when the device has done what was asked of it.
+    """
+
+    path: str
+    ours: Callable[[], Any]
+    theirs: Callable[[], Any]
+    wait: Callable[[], Any]
 
 
 def precisions(case: golden.Case) -> tuple[str, ...]:

@@ -2,16 +2,16 @@
 
     python -m ada2ms.core.golden --check    verifies the checksums of what is installed
 
-The files, `vectors/*.json`, hold floats as C99 hexadecimal strings (`float.fromhex`), tensors as flat lists in C order.
-A case spells out its hyperparameters, initial parameters, the gradients of every step (null: that tensor has none), and
-parameters and state after the recorded steps; its flags point at the file's notes. `lr` is a number, or a list with
-one number per step; `adaptivity` is a number or a schedule as in `ada2ms.core.schedules`. `max_norm` is there if it is
-not None, and `compensated` if it is true; then a parameter with a `dtype`, "float16" or "bfloat16", and its
-compensation are integers of 16 bits, and its gradients are exact in that type. Parameters and gradients are exact
-in float32, so that implementations in either precision start from the same numbers. Results come from
-arithmetic of 50 digits and are the nearest doubles; `tests/golden` in the repository makes them. Compare updates,
-p_t - p_0, rather than parameters, in which a large value hides a wrong update; and where there is a compensation,
-p_t + compensation - p_0.
+The files, `vectors/*.json` (`vectors/schema.json` describes them), hold floats as C99 hexadecimal strings
+(`float.fromhex`), tensors as flat lists in C order. A case spells out its hyperparameters, initial parameters, the
+gradients of every step (null: that tensor has none), and parameters and state after the recorded steps; its flags point
+at the file's notes. `lr` is a number, or a list with one number per step; `adaptivity` is a number or a schedule as in
+`ada2ms.core.schedules`. `max_norm` is there if it is not None, and `compensated` if it is true; then a parameter with a
+`dtype`, "float16" or "bfloat16", and its compensation are integers of 16 bits, and its gradients are exact in that
+type. Parameters and gradients are exact in float32, so that implementations in either precision start from the same
+numbers. Results come from arithmetic of 50 digits and are the nearest doubles; `tests/golden` in the repository makes
+them. Compare updates, p_t - p_0, rather than parameters, in which a large value hides a wrong update; and where there
+is a compensation, p_t + compensation - p_0.
 
     >>> from ada2ms.core import golden
     >>> case = golden.load()[0]
@@ -40,6 +40,7 @@ SCHEMA: Final = 2  # of the files
 SPEC: Final = VERSION
 FLOOR: Final = 180  # fewer cases than this are an error: an empty run must not pass
 CHECKSUMS: Final = "SHA256SUMS"  # as written and read by sha256sum
+JSON_SCHEMA: Final = "schema.json"  # beside the vectors: what their files look like, for readers in any language
 
 Array = NDArray[np.float64]
 
@@ -119,9 +120,10 @@ def folder() -> Any:
 
 
 def shipped() -> dict[str, bytes]:
-    """The files by name."""
+    """The files of vectors, and their checksums, by name."""
     vectors = folder()
-    return {path.name: path.read_bytes() for path in vectors.iterdir()} if vectors.is_dir() else {}
+    found = [path for path in vectors.iterdir() if path.name != JSON_SCHEMA] if vectors.is_dir() else []
+    return {path.name: path.read_bytes() for path in found}
 
 
 def checksums(contents: dict[str, bytes]) -> bytes:

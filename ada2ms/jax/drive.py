@@ -3,9 +3,9 @@
 For tests, `ada2ms check` and `ada2ms identify`; `Driven` is an `Optimizer` of `ada2ms.conformance`.
 """
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from functools import cache
+from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from functools import cache, partial
 from typing import Any
 
 import jax
@@ -16,6 +16,8 @@ import optax
 from ada2ms.core import golden
 from ada2ms.core.cases import (
     Array,
+    Path,
+    Race,
     Replay,
     Snapshot,
     choices,
@@ -45,6 +47,59 @@ def settings(dtype: str, device: str = "cpu") -> Iterator[None]:
         jax.default_device(jax.devices(platform)[int(index or 0)]),
     ):
         yield
+
+
+def version() -> str:
+    """That of JAX, and of Optax."""
+    return f"{jax.__version__}, Optax {optax.__version__}"
+
+
+def devices() -> list[str]:
+    """The platforms that this JAX sees here."""
+    found = []
+    for platform in dict.fromkeys(["cpu", jax.default_backend()]):
+        with suppress(RuntimeError):  # JAX_PLATFORMS leaves it out
+            jax.devices(platform)
+            found.append(platform)
+    return found
+
+
+def lacks(device: str, dtype: str) -> str:
+    """Why a device cannot compute in a dtype; "" if it can."""
+    if device.startswith("tpu") and dtype == "float64":
+        return "a TPU computes float64 in software, to other roundings"
+    return ""
+
+
+def paths(device: str, few: Collection[str] | None = None) -> list[Path]:
+    """The ways of a step on a device; `few` are the ids of the only cases that are going to be run, None for all."""
+    return [Path("jit", replay(True, few)), Path("op by op", replay(False), share="few")]
+
+
+def races(device: str, shapes: Sequence[tuple[int, ...]]) -> Iterator[Race]:
+    """A jitted step of Ada2MS beside one of Optax' adamw, whose parameters and state are donated."""
+    held: dict[str, Any] = {}
+    steps: dict[str, Any] = {}
+    with settings("float32", device):
+        gradients = [jax.random.normal(jax.random.key(i), shape) for i, shape in enumerate(shapes)]
+        for name, optimizer in (("ours", ada2ms(1e-3)), ("theirs", optax.adamw(1e-3, weight_decay=1e-2))):
+            params = [jnp.ones(shape) for shape in shapes]
+            held[name], steps[name] = (params, optimizer.init(params)), jitted(optimizer)
+
+    def step(name: str) -> None:
+        held[name] = steps[name](*held[name], gradients)
+
+    yield Race("jit", partial(step, "ours"), partial(step, "theirs"), partial(jax.block_until_ready, held))
+
+
+def jitted(optimizer: optax.GradientTransformation) -> Any:
+    """A step from parameters, state and gradients to parameters and state."""
+
+    def step(params: Any, state: Any, gradients: Any) -> Any:
+        updates, state = optimizer.update(gradients, state, params)
+        return optax.apply_updates(params, updates), state
+
+    return jax.jit(step, donate_argnums=(0, 1))
 
 
 class Together:
@@ -147,23 +202,25 @@ class Driven:
 CASES_OF_A_PROGRAM = 12
 
 
-def replay(compiled: bool) -> Replay:
-    """Replays golden cases by ada2ms, a dozen together if compiled."""
+def replay(compiled: bool, few: Collection[str] | None = None) -> Replay:
+    """Replays golden cases by ada2ms, if compiled a dozen together: of all cases, or of `few` by their ids."""
 
     def run(case: golden.Case, dtype: str, device: str) -> Iterator[Snapshot | None]:
         _arguments(case)  # raises NotStated for a case that has none
-        yield from _snapshots(program_of(case) if compiled else (case.id,), dtype, device, compiled)[case.id]
+        yield from _snapshots(program_of(case, few) if compiled else (case.id,), dtype, device, compiled)[case.id]
 
     return run
 
 
-def program_of(case: golden.Case) -> tuple[str, ...]:
-    """The cases that are compiled with this one: as many steps, and gradients missing in the same places."""
+def program_of(case: golden.Case, few: Collection[str] | None = None) -> tuple[str, ...]:
+    """The cases, all or of a few, that are compiled with this one: as many steps, and gradients missing in the same
+    places."""
 
     def pattern(of: golden.Case) -> list[list[bool]]:
         return [[g is None for g in gradients] for gradients in of.gradients]
 
-    alike = [other.id for other in golden.load() if factors(other) is not None and pattern(other) == pattern(case)]
+    among = [other for other in golden.load() if few is None or other.id in few]
+    alike = [other.id for other in among if factors(other) is not None and pattern(other) == pattern(case)]
     first = alike.index(case.id) // CASES_OF_A_PROGRAM * CASES_OF_A_PROGRAM
     return tuple(alike[first : first + CASES_OF_A_PROGRAM])
 

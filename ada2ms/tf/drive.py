@@ -3,15 +3,17 @@
 For tests, `ada2ms check` and `ada2ms identify`; `Driven` is an `Optimizer` of `ada2ms.conformance`.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from functools import partial
+from importlib import import_module
 from typing import Any
 
 import keras
 import numpy as np
 
 from ada2ms.core import golden
-from ada2ms.core.cases import Array, Snapshot, choices, dtypes, initial, named_groups, recorded
+from ada2ms.core.cases import Array, Path, Race, Snapshot, choices, dtypes, initial, named_groups, recorded
 from ada2ms.core.hyperparameters import to_arguments
 from ada2ms.tf.optimizer import Ada2MS
 
@@ -44,6 +46,61 @@ def settings(dtype: str, device: str = "cpu") -> Iterator[None]:
 
             stack.enter_context(torch.backends.cudnn.flags(allow_tf32=False))
         yield
+
+
+def version() -> str:
+    """That of Keras, and of its backend."""
+    backend = import_module(keras.backend.backend())
+    return f"{keras.__version__} on {keras.backend.backend()} {backend.__version__}"
+
+
+def devices() -> list[str]:
+    """Those that Keras' backend sees here, by Keras' names."""
+    backend = keras.backend.backend()
+    if backend == "tensorflow":
+        import tensorflow as tf
+
+        kinds = [device.device_type.lower() for device in tf.config.list_logical_devices()]
+    elif backend == "jax":
+        import jax
+
+        kinds = [jax.default_backend()]
+    else:
+        import torch
+
+        accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+        kinds = [] if accelerator is None else [{"cuda": "gpu"}.get(accelerator.type, accelerator.type)]
+    return ["cpu", *(f"{kind}:0" for kind in dict.fromkeys(kinds) if kind in ("gpu", "tpu", "mps", "xpu"))]
+
+
+def lacks(device: str, dtype: str) -> str:
+    """Why a device cannot compute in a dtype; "" if it can."""
+    without_float64 = device.startswith(("mps", "tpu")) and dtype == "float64"
+    return f"{device} has no float64" if without_float64 else ""
+
+
+def paths(device: str, few: Collection[str] | None = None) -> list[Path]:
+    """The ways of a step on a device: as `fit` compiles it, and operation by operation; torch compiles nothing."""
+    if keras.backend.backend() == "torch":
+        return [Path("eager", partial(replay, compiled=False))]
+    return [
+        Path("as fit compiles it", partial(replay, compiled=True)),
+        Path("op by op", partial(replay, compiled=False), share="few"),
+    ]
+
+
+def races(device: str, shapes: Sequence[tuple[int, ...]]) -> Iterator[Race]:
+    """A step of Ada2MS beside one of Keras' AdamW, as `fit` compiles them; on torch as they are."""
+    rng = np.random.default_rng(0)
+    arrays = [rng.standard_normal(shape).astype("float32") for shape in shapes]
+    made = [
+        Driven(make, arrays, device=device, compiled=True)
+        for make in (Ada2MS, partial(keras.optimizers.AdamW, weight_decay=1e-2))
+    ]
+    with settings("float32", device):
+        gradients = [keras.ops.convert_to_tensor(x) for x in arrays]
+    ours, theirs = (partial(run.apply, gradients) for run in made)
+    yield Race(paths(device)[0].name, ours, theirs, lambda: [numpy(run.variables[1]) for run in made])
 
 
 class Driven:
@@ -88,10 +145,13 @@ class Driven:
         if all(g is None for g in gradients):
             return
         with settings(self._dtype, self._device):
-            tensors = [
-                None if g is None else keras.ops.convert_to_tensor(np.asarray(g, self._dtype)) for g in gradients
-            ]
-            self._apply(tensors, self.variables)
+            self.apply(
+                [None if g is None else keras.ops.convert_to_tensor(np.asarray(g, self._dtype)) for g in gradients]
+            )
+
+    def apply(self, gradients: list[Any]) -> None:
+        """One step by the backend's tensors."""
+        self._apply(gradients, self.variables)
 
     @property
     def params(self) -> list[Array]:

@@ -3,15 +3,29 @@
 For tests, `ada2ms check` and `ada2ms identify`; `Driven` is an `Optimizer` of `ada2ms.conformance`.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+import warnings
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
 
 from ada2ms.core import golden
-from ada2ms.core.cases import Array, Replay, Snapshot, choices, dtypes, hyperparameters, initial, recorded
+from ada2ms.core.cases import (
+    Array,
+    Path,
+    Race,
+    Replay,
+    Snapshot,
+    choices,
+    dtypes,
+    hyperparameters,
+    initial,
+    recorded,
+)
+from ada2ms.torch.kernels import choose, fused_cpu
 from ada2ms.torch.optimizer import Ada2MS
 
 
@@ -20,6 +34,64 @@ def settings(dtype: str, device: str = "cpu") -> Iterator[None]:
     """The precision as a user of `dtype` sets it: GPUs may multiply float32 in a shorter format."""
     with torch.backends.cudnn.flags(allow_tf32=False):
         yield
+
+
+def version() -> str:
+    """Torch's."""
+    return str(torch.__version__)
+
+
+def devices() -> list[str]:
+    """Those that this torch sees here: the CPU, and its accelerator."""
+    accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+    return ["cpu", *([] if accelerator is None else [accelerator.type])]
+
+
+def lacks(device: str, dtype: str) -> str:
+    """Why a device cannot compute in a dtype; "" if it can."""
+    try:
+        torch.ones(1, dtype=getattr(torch, dtype), device=device).add(1)
+    except (TypeError, RuntimeError, NotImplementedError, AssertionError) as error:
+        return str(error).partition("\n")[0]
+    return ""
+
+
+def paths(device: str, few: Collection[str] | None = None) -> list[Path]:
+    """The ways of a step on a device."""
+    kind = torch.device(device).type
+    found = [
+        Path("for-loop", replay(foreach=False), share="cover" if kind == "cuda" else "all"),
+        Path("foreach", replay(foreach=True), share="all" if kind == "cuda" else "cover"),
+        _fused(kind),
+        Path("capturable", replay(capturable=True)),
+    ]
+    if kind == "cuda":
+        fused = found[2].replay is not None
+        found.append(Path("CUDA graph", replay(capturable=True, fused=fused, made=Captured)))
+    return found
+
+
+def _fused(kind: str) -> Path:
+    """Compiles it, which takes some ten seconds once."""
+    if kind not in ("cpu", "cuda"):
+        return Path("fused", reason=f"is for cpu and cuda; on {kind} the default takes its place")
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        there = (fused_cpu.extension if kind == "cpu" else choose.fused_cuda)() is not None
+    if there:
+        return Path("fused", replay(fused=True), share="all")
+    return Path("fused", reason=str(said[-1].message) if said else "it was not compiled before, either")
+
+
+def races(device: str, shapes: Sequence[tuple[int, ...]]) -> Iterator[Race]:
+    """A step of Ada2MS beside one of AdamW, by torch's choice of path, and fused."""
+    params = [torch.nn.Parameter(torch.randn(shape, device=device)) for shape in shapes]
+    for p in params:
+        p.grad = torch.randn_like(p)
+    wait = (lambda: None) if torch.device(device).type == "cpu" else partial(torch.accelerator.synchronize, device)
+    yield Race("default", Ada2MS(params).step, torch.optim.AdamW(params).step, wait)
+    if _fused(torch.device(device).type).replay is not None:
+        yield Race("fused", Ada2MS(params, fused=True).step, torch.optim.AdamW(params, fused=True).step, wait)
 
 
 class Driven:
@@ -76,10 +148,15 @@ class Driven:
     @lr.setter
     def lr(self, value: float) -> None:
         for group in self.optimizer.param_groups:
-            if isinstance(group["lr"], torch.Tensor):
-                group["lr"].fill_(value)
-            else:
-                group["lr"] = value
+            set_lr(group, value)
+
+
+def set_lr(group: dict[str, Any], value: float) -> None:
+    """In place where it is a tensor."""
+    if isinstance(group["lr"], torch.Tensor):
+        group["lr"].fill_(value)
+    else:
+        group["lr"] = value
 
 
 def numpy(x: torch.Tensor) -> Array:
@@ -88,7 +165,34 @@ def numpy(x: torch.Tensor) -> Array:
     return found
 
 
-def driven(case: golden.Case, dtype: str, device: str, **options: Any) -> Driven:
+class Captured(Driven):
+    """Steps on CUDA are replayed from a graph: one is captured for each set of parameters that have gradients, after a
+    first step without a graph, which makes their state. The learning rates are to be tensors, which a graph reads."""
+
+    _graphs: dict[tuple[bool, ...], tuple[torch.cuda.CUDAGraph | None, list[torch.Tensor | None]]]
+
+    def step(self, gradients: Sequence[Array | None]) -> None:
+        """One step; None is a gradient that is missing."""
+        self._graphs = getattr(self, "_graphs", {})
+        present = tuple(g is not None for g in gradients)
+        if present not in self._graphs:
+            super().step(gradients)
+            self._graphs[present] = None, [p.grad for p in self.parameters]
+            return
+        graph, buffers = self._graphs[present]
+        for p, buffer, g in zip(self.parameters, buffers, gradients, strict=True):
+            p.grad = buffer
+            if buffer is not None:
+                buffer.copy_(torch.tensor(g, dtype=buffer.dtype))
+        if graph is None:
+            graph = torch.cuda.CUDAGraph()
+            self._graphs[present] = graph, buffers
+            with torch.cuda.graph(graph):
+                self.optimizer.step()
+        graph.replay()
+
+
+def driven(case: golden.Case, dtype: str, device: str, made: type[Driven] = Driven, **options: Any) -> Driven:
     """Ada2MS as a golden case asks for it; `options` are those that choose an implementation, such as `fused`."""
 
     def make(params: list[torch.nn.Parameter]) -> Ada2MS:
@@ -96,20 +200,21 @@ def driven(case: golden.Case, dtype: str, device: str, **options: Any) -> Driven
         for given in case.groups:
             hyper = hyperparameters(given)
             betas = (hyper.pop("b1"), hyper.pop("b2"))
-            groups.append({"params": [next(remaining) for _ in given.params], "betas": betas, **hyper})
+            lr = torch.tensor(given.lr[0], dtype=torch.float64, device=device) if made is Captured else given.lr[0]
+            groups.append({"params": [next(remaining) for _ in given.params], "lr": lr, "betas": betas, **hyper})
         return Ada2MS(groups, **choices(case), **options)
 
-    return Driven(make, initial(case), dtypes=dtypes(case, dtype), device=device)
+    return made(make, initial(case), dtypes=dtypes(case, dtype), device=device)
 
 
-def replay(**options: Any) -> Replay:
+def replay(made: type[Driven] = Driven, **options: Any) -> Replay:
     """Replays golden cases by Ada2MS with these options: `foreach`, `fused`, `capturable`."""
 
     def run(case: golden.Case, dtype: str, device: str) -> Iterator[Snapshot | None]:
-        run = driven(case, dtype, device, **options)
+        run = driven(case, dtype, device, made, **options)
         for i, gradients in enumerate(case.gradients):
             for group, given in zip(run.optimizer.param_groups, case.groups, strict=True):
-                group["lr"] = given.lr[i]
+                set_lr(group, given.lr[i])
             run.step(gradients)
             yield _snapshot(run, case) if i + 1 in recorded(case) else None
 

@@ -47,7 +47,8 @@ def write() -> None:
     folder = Path(str(golden.folder()))
     made = make()
     for path in folder.glob("*"):
-        path.unlink()
+        if path.name != golden.JSON_SCHEMA:
+            path.unlink()
     for name, data in made.items():
         (folder / name).write_bytes(data)
 

@@ -43,7 +43,7 @@ def choose(params: Sequence[Tensor], grads: Sequence[Tensor], group: dict[str, A
     if group["fused"] and not torch.compiler.is_compiling():  # whose compiler fuses the default implementation
         if fused_cpu.supports(grads):
             return _FUSED_CPU
-        if set(map(type, grads)) == {Tensor} and all(x.is_cuda for x in grads) and (cuda := _fused_cuda()) is not None:
+        if set(map(type, grads)) == {Tensor} and all(x.is_cuda for x in grads) and (cuda := fused_cuda()) is not None:
             return Kernel(cuda.update, scales=True, folds=False, on_device=True)
     use_foreach = group["foreach"]
     if use_foreach is None:
@@ -58,7 +58,7 @@ def is_single(kernel: Kernel) -> bool:
 
 
 @functools.cache
-def _fused_cuda() -> ModuleType | None:
+def fused_cuda() -> ModuleType | None:
     """The kernel in Triton, which comes with torch for CUDA; None, after a warning, where it does not."""
     try:
         return importlib.import_module("ada2ms.torch.kernels.fused_cuda")
