@@ -11,6 +11,7 @@ import torch
 import torch.distributed as dist
 from distributed_checkpoints import checkpoint
 from distributed_compensated import SCENARIOS as COMPENSATED
+from distributed_measurements import SCENARIOS as MEASURED
 from distributed_support import (
     OPTIONS,
     STEPS,
@@ -339,7 +340,7 @@ SCENARIOS |= {
 SCENARIOS["ZeroRedundancyOptimizer, scope tensor, clipping"] = clipping(
     functools.partial(zero_redundancy, scope="tensor")
 )
-SCENARIOS |= COMPENSATED
+SCENARIOS |= COMPENSATED | MEASURED
 RESHARDED = "checkpoint, of another number of processes"
 PLANES = tuple(
     x for x in SCENARIOS if x.startswith(("hybrid shard", "tensor parallel and fully_shard"))

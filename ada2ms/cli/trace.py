@@ -15,6 +15,7 @@ from typing import Any
 from ada2ms._extras import require_all
 from ada2ms.cli.arguments import reported
 from ada2ms.core.trace import Trace, TraceError, Verdict, diff, judge
+from ada2ms.core.trace.measured import measured
 
 _LONG = 2000  # steps from which on progress is shown
 
@@ -30,11 +31,12 @@ def add(commands: Any) -> None:
     actions = parser.add_subparsers(required=True)
 
     command = actions.add_parser("show", help="what a trace holds")
-    command.set_defaults(run=reported(show, TraceError, OSError))
+    command.set_defaults(run=reported(show, TraceError, OSError, ValueError))
     command.add_argument("file", type=Path, help="a trace")
+    command.add_argument("--picture", type=Path, metavar="FILE", help="draw each parameter's ratio of update to weight")
 
     command = actions.add_parser("diff", help="the first step and stage at which B is another run than A, and why")
-    command.set_defaults(run=reported(compare, TraceError, OSError))
+    command.set_defaults(run=reported(compare, TraceError, OSError, ValueError))
     command.add_argument("file", type=Path, metavar="A", help="a trace")
     command.add_argument("other", type=Path, metavar="B", help="a trace of what should be the same run")
     command.add_argument(
@@ -60,6 +62,10 @@ def add(commands: Any) -> None:
 def show(arguments: argparse.Namespace) -> int:
     """Prints what a trace holds."""
     trace = Trace.load(arguments.file)
+    if arguments.picture is not None:
+        from ada2ms.inside import draw
+
+        draw(measured(trace), arguments.picture, title=str(trace.about.get("optimizer", "")))
     facts: dict[str, Any] = {
         "source": trace.about.get("source"),
         "optimizer": trace.about.get("optimizer"),
@@ -91,6 +97,8 @@ def show(arguments: argparse.Namespace) -> int:
             f"{row['step']:>7} {row['batches']:>8} {loss:>12} {row['gradient']:>11.4e} {row['update']:>10.3e} "
             f"{row['value']:>10.4e}  {told}"
         )
+    if arguments.picture is not None:
+        print(f"Picture: {arguments.picture}")
     return 0
 
 
