@@ -1,5 +1,5 @@
 PYTHON ?= python3
 
-.PHONY: demo compare test quick slow docs gpu setup
-demo compare test quick slow docs gpu setup:
+.PHONY: demo compare test quick slow docs gpu release setup
+demo compare test quick slow docs gpu release setup:
 	$(PYTHON) dev.py $@ $(ARGS)

@@ -5,9 +5,11 @@
     test               format, lint, types, golden vectors and the tests
     quick              in under a minute, while you work: golden vectors in every framework, mutants, imports
     slow               the frameworks' own test-suites, the multi-process tests and the examples
+    release [options]  sdist and wheel, checked, and the quick tests on the installed wheel; see release.py
     docs               the site, in the folder site; a warning or a link that leads nowhere is an error
     gpu [options]      tests and benchmarks on a GPU, in one report, by the Python that runs this; see benchmarks/gpu.py
-    setup              only the environment of the tests: .venv, with the versions that constraints.txt pins
+    setup              only the environment of the tests: .venv, with the versions that constraints.txt pins, or another
+                       such file that the environment variable CONSTRAINTS names
 
 Every other command first makes .venv, or adds to it, with what the command uses and nothing else: the demo needs no
 linters, and TensorFlow only where it is asked for (`demo --keras-backends tensorflow`). Tests run in one process for
@@ -27,6 +29,7 @@ from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from importlib.util import find_spec
+from itertools import repeat
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -34,11 +37,13 @@ ROOT = Path(__file__).resolve().parent
 VENV = ROOT / ".venv"
 PYTHON = VENV / ("Scripts/python.exe" if os.name == "nt" else "bin/python")
 STAMP = VENV / "up-to-date"
+CONSTRAINTS = os.environ.get("CONSTRAINTS", "constraints.txt")
 KERAS_BACKENDS = ("tensorflow", "jax", "torch")
 LABEL = 18  # the width of the labels
 EXTRAS = {  # which commands use; others use all and dev
     "compare": ("compare",),
     "docs": ("torch", "tf", "jax", "docs"),
+    "release": ("all", "dev", "release"),
     "slow": ("all", "dev", "examples", "docs"),
 }
 TESTS = {  # the files of tests that belong to one framework; all others are for none or for several
@@ -65,7 +70,7 @@ def setup(*extras: str) -> None:
         sys.exit(f"{sys.executable} lacks {' and '.join(absent)} (on Debian and Ubuntu: apt install python3-venv)")
     import venv
 
-    inputs = [(ROOT / name).read_bytes() for name in ("pyproject.toml", "constraints.txt")]
+    inputs = [(ROOT / name).read_bytes() for name in ("pyproject.toml", CONSTRAINTS)]
     wanted = hashlib.sha256(b"\0".join([*inputs, sys.version.encode(), str(ROOT).encode()])).hexdigest()
     stamp = STAMP.read_text().split() if STAMP.exists() else []
     done = stamp[1:] if stamp[:1] == [wanted] else []
@@ -78,7 +83,7 @@ def setup(*extras: str) -> None:
     elif missing:
         print(f"Adding {', '.join(missing)} to .venv", flush=True)
     if missing:
-        pip = [PYTHON, "-m", "pip", "--disable-pip-version-check", "install", "--quiet", "-c", "constraints.txt"]
+        pip = [PYTHON, "-m", "pip", "--disable-pip-version-check", "install", "--quiet", "-c", CONSTRAINTS]
         if status := subprocess.run([*pip, "--editable", f".[{','.join(missing)}]"], cwd=ROOT).returncode:
             sys.exit(f"pip has not installed the extras {', '.join(missing)} (exit status {status}); it says why above")
         STAMP.write_text(" ".join([wanted, *done, *missing]))
@@ -115,7 +120,7 @@ def of_demo(options: list[str]) -> list[str]:
     return list(dict.fromkeys([*wanted, "demo", *["flax"] * (given.handoff and "jax" in given.frameworks)]))
 
 
-def run(job: Job, shared: str) -> bool:
+def run(job: Job, shared: str, python: Path, root: Path) -> bool:
     """Runs a job, each line of its output behind its label; whether it succeeded. `shared` is for all jobs' tests."""
     label = f"{job.label:>{LABEL}} |"
     print(f"{label} KERAS_BACKEND={job.keras_backend} python -m {' '.join(job.command)}\n", end="", flush=True)
@@ -126,10 +131,10 @@ def run(job: Job, shared: str) -> bool:
     environment["PYTHONDONTWRITEBYTECODE"] = ""  # pytest rewrites tests for seconds, and the next process reads them
     environment["PATH"] = os.pathsep.join([str(PYTHON.parent), environment.get("PATH", "")])  # for ninja
     start = time.monotonic()
-    command = [PYTHON, "-m", *job.command]
+    command = [python, "-m", *job.command]
     with subprocess.Popen(
         command,
-        cwd=ROOT,
+        cwd=root,
         env=environment,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
@@ -144,11 +149,11 @@ def run(job: Job, shared: str) -> bool:
     return process.returncode == 0
 
 
-def run_all(jobs: list[Job]) -> bool:
-    """Starts jobs in this order, as many at a time as there are processors; whether all succeeded."""
+def run_all(jobs: list[Job], python: Path = PYTHON, root: Path = ROOT) -> bool:
+    """Starts jobs in this order, in a folder, as many at a time as there are processors; whether all succeeded."""
     start = time.monotonic()
     with TemporaryDirectory() as shared, ThreadPoolExecutor(os.cpu_count()) as pool:
-        succeeded = list(pool.map(run, jobs, [shared] * len(jobs)))
+        succeeded = list(pool.map(run, jobs, repeat(shared), repeat(python), repeat(root)))
     for job, ok in zip(jobs, succeeded, strict=True):
         print(f"{job.label:>{LABEL}} | {'ok' if ok else 'FAILED'}")
     print(f"{time.monotonic() - start:.0f} s in all", flush=True)
@@ -225,12 +230,16 @@ def main() -> int:
     command, *options = sys.argv[1:] or ["--help"]
     if command == "gpu":
         return subprocess.run([sys.executable, ROOT / "benchmarks" / "gpu.py", *options]).returncode
-    takes_options = command in ("demo", "compare")
+    takes_options = command in ("demo", "compare", "release")
     jobs = {"test": test, "quick": quick, "slow": slow, "docs": site, "setup": lambda: []}
     if not (takes_options or command in jobs) or (options and not takes_options):
         print(__doc__)
         return 0 if command in ("-h", "--help") else 2
     setup(*(of_demo(options) if command == "demo" else EXTRAS.get(command, ("all", "dev"))))
+    if command == "release":
+        import release
+
+        return 0 if release.main(options) else 1
     if takes_options:
         return subprocess.run([PYTHON, "-m", "ada2ms", command, *options]).returncode
     return 0 if (docs() if command == "docs" else run_all(jobs[command]())) else 1

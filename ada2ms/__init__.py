@@ -11,7 +11,7 @@ Importing this package loads no framework.
 import importlib
 from types import ModuleType
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 __all__ = ["__version__", "core", "jax", "keras", "tf", "torch"]
 
 _BACKENDS = ("core", "jax", "keras", "tf", "torch")

@@ -124,7 +124,7 @@ def lengths(path: Path) -> Iterator[tuple[str, int]]:
 
 def python_files() -> list[Path]:
     folders = ("ada2ms", "tests", "benchmarks", "docs", "examples")
-    return [ROOT / "dev.py", *(path for folder in folders for path in sorted((ROOT / folder).rglob("*.py")))]
+    return [*sorted(ROOT.glob("*.py")), *(path for folder in folders for path in sorted((ROOT / folder).rglob("*.py")))]
 
 
 def test_files_and_functions_are_short() -> None:
