@@ -17,7 +17,7 @@ from ada2ms.core.trace import Trace, TraceError
 from ada2ms.core.trace.model import Parameter, fingerprint, positions
 from ada2ms.core.trace.sketch import resolution, sketch
 from ada2ms.jax import Recorder, ada2ms, recorded
-from ada2ms.jax.trace import _sketch
+from ada2ms.jax.sketches import sketch as sketch_of
 
 STEPS = 5
 
@@ -159,7 +159,17 @@ def test_injected_hyperparameters_are_seen_and_missing_gradients_too(tmp_path: P
     assert set(trace.steps[0].full["gradient"]) == {"a"}
 
 
-CASES = [((), "float32"), ((0,), "float32"), ((5,), "float16"), ((64, 33), "bfloat16"), ((7, 3, 3, 16), "complex64")]
+CASES = [
+    ((70_001,), "float32"),
+    ((2, 20_000), "float32"),
+    ((60, 4000), "float32"),
+    ((3, 300, 100), "bfloat16"),
+    ((), "float32"),
+    ((0,), "float32"),
+    ((5,), "float16"),
+    ((64, 33), "bfloat16"),
+    ((7, 3, 3, 16), "complex64"),
+]
 
 
 @pytest.mark.parametrize(("shape", "dtype"), CASES, ids=str)
@@ -170,7 +180,7 @@ def test_sketches_are_those_of_numpy(shape: tuple[int, ...], dtype: str) -> None
     neutral = np.asarray(x.astype(jnp.promote_types(x.dtype, jnp.float32))).transpose()
     parameter = Parameter("x", "x", neutral.shape, dtype, axes)
     expected = sketch(neutral)
-    found = np.asarray(jax.jit(lambda x: _sketch(x, parameter))(x))
+    found = np.asarray(jax.jit(lambda x: sketch_of(x, parameter))(x))
     assert np.abs(found - expected).max() <= 2 * resolution(dtype) * expected[0]
 
 

@@ -28,9 +28,9 @@ from jax.experimental import io_callback
 from ada2ms.core.state import Axes, Extras, Names
 from ada2ms.core.trace import Parameter, Step, TraceError, Writer
 from ada2ms.core.trace.model import empty_sketches, positions, resolve
-from ada2ms.core.trace.sketch import MIXING, SUMS
 from ada2ms.core.trace.writer import DEFAULT_ENTRIES, DEFAULT_FLUSH, DEFAULT_FULL
 from ada2ms.jax.names import by_path
+from ada2ms.jax.sketches import sketch
 
 Hyper = Mapping[str, float | Callable[[int], Any]]
 _NAMES = {"learning_rate": "lr", "beta1": "b1", "beta2": "b2"}
@@ -98,6 +98,11 @@ class Recorder:
     def entries(self) -> int:
         """How many entries of an array are kept."""
         return self._writer.entries
+
+    @property
+    def keeps_entries(self) -> bool:
+        """Whether there are steps of which entries are kept."""
+        return self._writer.full > 0
 
     def batch(self, *arrays: Any) -> None:
         """Notes the arrays of a batch, of the step that comes."""
@@ -215,7 +220,7 @@ def _send(recorder: Recorder, trees: Mapping[str, Any], labels: dict[str, str], 
             f"The recorder does not know these leaves: {strange} (give it the parameters of the optimizer)"
         )
     sketches = {
-        what: jnp.stack([_sketch(found.get(p.own), p) for p in recorder.parameters]) for what, found in leaves.items()
+        what: jnp.stack([sketch(found.get(p.own), p) for p in recorder.parameters]) for what, found in leaves.items()
     }
     missing = known - set(leaves["gradient"])
 
@@ -229,45 +234,15 @@ def _send(recorder: Recorder, trees: Mapping[str, Any], labels: dict[str, str], 
     def without(_: Any) -> None:
         io_callback(partial(recorder.take, missing, labels), None, sketches, hyper, ordered=True)
 
+    if not recorder.keeps_entries:
+        without(0)
+        return
     wanted = io_callback(recorder.wants_full, np.bool_(False), ordered=True)
     jax.lax.cond(wanted, with_entries, without, 0)
 
 
-def _sketch(x: Any, parameter: Parameter) -> jax.Array:
-    """The sketch of an array within a compiled program; NaN for what is missing.
-
-    Summed axis by axis, from the last one, so that a sharded array stays where it is.
-    """
-    if x is None:
-        return jnp.full(1 + SUMS, jnp.nan)
-    x = _own(x, parameter)
-    order = list(range(x.ndim)) if parameter.axes is None else list(parameter.axes)
-    if jnp.iscomplexobj(x):
-        order.append(x.ndim)
-        x = jnp.stack([x.real, x.imag], -1)
-    wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
-    norm = jnp.sqrt(jnp.sum(jnp.square(wide)))
-    if wide.ndim == 0:
-        return jnp.concatenate([norm[None], jnp.full(SUMS, wide)])
-    each = [_axis_signs(axis, size).astype(wide.dtype) for axis, size in zip(order, wide.shape, strict=True)]
-    sums = jnp.einsum("...n,kn->k...", wide, each[-1], precision="highest")
-    for along in reversed(each[:-1]):
-        sums = jnp.einsum("k...n,kn->k...", sums, along, precision="highest")
-    return jnp.concatenate([norm[None], sums])
-
-
 def _own(x: Any, parameter: Parameter) -> Any:
     return x if parameter.part is None else parameter.part.take(x, jnp)
-
-
-def _axis_signs(axis: int, size: int) -> jax.Array:
-    """As `ada2ms.core.trace.sketch.axis_signs`, computed by the program, which would else hold them as constants."""
-    x = jnp.arange(size, dtype=jnp.uint32) + np.uint32(0x9E3779B9 * (axis + 1) & 0xFFFFFFFF)
-    for shift, factor in MIXING:
-        x = x ^ (x >> np.uint32(shift))
-        x = x * np.uint32(factor)
-    bits: jax.Array = x >> np.arange(8, 8 + SUMS, dtype=np.uint32)[:, None] & np.uint32(1)
-    return 1 - 2 * bits.astype(jnp.int32)
 
 
 def _entries(x: Any, parameter: Parameter, limit: int) -> jax.Array:

@@ -1,0 +1,98 @@
+"""Sketches of arrays within a compiled program; `ada2ms.core.trace.sketch` says what they are."""
+
+import math
+from collections.abc import Sequence
+from typing import Any, Final
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from ada2ms.core.trace import Parameter
+from ada2ms.core.trace.sketch import MIXING, SUMS, WIDTH
+
+_LONGEST: Final = 16384  # entries of a row whose products are summed in one dimension
+_SHORT: Final = 1024  # into how many of them longer ones are divided, since one running sum loses too much
+_LARGE: Final = 65536  # entries from which on an array of squares is avoided
+_RUNNING: Final = 4096  # squares for which one running sum is precise enough
+
+
+def sketch(x: Any, parameter: Parameter) -> jax.Array:
+    """The sketch of an array, float32 or wider, of shape (WIDTH,); NaN for what is missing.
+
+    Axes are summed as they are, without a change of shape, so that a sharded array stays where it is.
+
+    Args:
+        x: the array, or None.
+        parameter: what it is of.
+    """
+    if x is None:
+        return jnp.full(WIDTH, jnp.nan)
+    x = x if parameter.part is None else parameter.part.take(x, jnp)
+    order = list(range(x.ndim)) if parameter.axes is None else list(parameter.axes)
+    if jnp.iscomplexobj(x):
+        order.append(x.ndim)
+        x = jnp.stack([x.real, x.imag], -1)
+    wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
+    squares = jax.lax.platform_dependent(wide, cpu=_squares_on_cpu, default=_squares)
+    return jnp.concatenate([jnp.sqrt(squares)[None], _signed_sums(wide, order)])
+
+
+def _squares(x: jax.Array) -> jax.Array:
+    return jnp.sum(jnp.square(x))
+
+
+def _squares_on_cpu(x: jax.Array) -> jax.Array:
+    """The same, without an array of squares, of which XLA would have one in memory for each tensor.
+
+    It has none for a reduction to two results: here the squares' sum and the largest of them, which is never more.
+    """
+    if x.ndim < 2 or x.size < _LARGE or not 0 < x.shape[-1] <= _RUNNING:
+        return _squares(x)
+    each, zero = jnp.square(x), jnp.zeros((), x.dtype)
+    both: Any = jax.lax.reduce(
+        (each, each), (zero, zero), lambda a, b: (a[0] + b[0], jnp.maximum(a[1], b[1])), (x.ndim - 1,)
+    )
+    return jnp.maximum(jnp.sum(both[0]), jnp.max(both[1]))
+
+
+def _signed_sums(x: jax.Array, order: Sequence[int]) -> jax.Array:
+    """(SUMS,): products of the trailing axes with their signs, and the sums of these along the leading ones."""
+    if x.ndim == 1 and x.size > _LONGEST:
+        rows = -(-x.size // _SHORT)
+        signs = _axis_signs(order[0], rows * _SHORT).astype(x.dtype).reshape(rows, _SHORT, SUMS)
+        x = jnp.pad(x, (0, rows * _SHORT - x.size)).reshape(rows, _SHORT)
+        return jnp.einsum("rc,rck->rk", x, signs, precision="highest").sum(0)
+    cut = _cut(x.shape)
+    each = [_axis_signs(axis, size).astype(x.dtype) for axis, size in zip(order, x.shape, strict=True)]
+    rows_, columns = _product(each[:cut], x.dtype), _product(each[cut:], x.dtype)
+    along = tuple(range(cut, x.ndim)), tuple(range(x.ndim - cut))
+    sums = jax.lax.dot_general(x, columns, (along, ((), ())), precision="highest")
+    return jnp.sum(sums * rows_, axis=tuple(range(cut)))
+
+
+def _cut(shape: Sequence[int]) -> int:
+    """The first of the trailing axes: those that together are nearest to the leading ones, and not too long."""
+    sizes = [math.prod(shape[i:]) for i in range(len(shape) + 1)]
+    fitting = [i for i in range(len(shape) + 1) if sizes[i] <= _LONGEST]
+    return min(fitting, key=lambda i: math.prod(shape[:i]) + sizes[i])
+
+
+def _product(each: Sequence[jax.Array], dtype: Any) -> jax.Array:
+    """The signs of several axes together: (*their sizes, SUMS)."""
+    product = jnp.ones(SUMS, dtype)
+    for signs in reversed(each):
+        product = signs.reshape(-1, *[1] * (product.ndim - 1), SUMS) * product
+    return product
+
+
+def _axis_signs(axis: int, size: int) -> jax.Array:
+    """As `ada2ms.core.trace.sketch.axis_signs`, but (size, SUMS); computed by the program, which would else hold them
+    as constants.
+    """
+    x = jnp.arange(size, dtype=jnp.uint32) + np.uint32(0x9E3779B9 * (axis + 1) & 0xFFFFFFFF)
+    for shift, factor in MIXING:
+        x = x ^ (x >> np.uint32(shift))
+        x = x * np.uint32(factor)
+    bits: jax.Array = x[:, None] >> np.arange(8, 8 + SUMS, dtype=np.uint32) & np.uint32(1)
+    return 1 - 2 * bits.astype(jnp.int32)
