@@ -12,7 +12,7 @@ from torch import Tensor
 from ada2ms.core.trace import Parameter
 from ada2ms.core.trace.sketch import WIDTH, Codes, codes
 from ada2ms.torch import sketches_plain
-from ada2ms.torch.reduce import all_reduced_sum, local
+from ada2ms.torch.reduce import all_reduced_sum, are_plain, local
 
 Sums = Callable[[Sequence[Tensor | None], Sequence[Codes]], Tensor]
 
@@ -25,29 +25,43 @@ class Sketcher:
         self._where = [(*_place(p), parameter.axes) for p, parameter in zip(params, parameters, strict=True)]
         self._codes: dict[Any, Codes] = {}
         self._contiguous = [self._codes_of(where, None) for where in self._where]
-        self._sums: dict[tuple[torch.device, bool], Sums] = {}
+        self._sums: dict[torch.device, Sums] = {}
 
-    @torch.no_grad()
     def __call__(self, tensors: Sequence[Tensor | None]) -> Tensor:
         """Rows of zeros for what is None."""
-        own = [None if x is None else local(x, p).detach() for x, p in zip(tensors, self._params, strict=True)]
-        each, of_each = list(own), list(self._contiguous)
-        for i, x in enumerate(own):
-            if x is not None and (x.layout is not torch.strided or not x.is_contiguous()):
-                each[i], order = _laid_out(x)
-                of_each[i] = self._codes_of(self._where[i], order)
-        device = self._params[0].device if self._params else torch.device("cpu")
-        devices = dict.fromkeys(x.device for x in each if x is not None)
-        parts = [
-            self._sums_on(place, each)([x if x is not None and x.device == place else None for x in each], of_each)
-            for place in devices
-        ]
-        if not parts:
-            return torch.zeros(len(each), WIDTH, dtype=sketches_plain.sum_dtype(device), device=device)
-        total = sum((part.to(device) for part in parts[1:]), parts[0].to(device))
-        whole = all_reduced_sum(total, self._params, each=True)
-        whole[:, 0].sqrt_()
-        return whole
+        sketches = self.sums(tensors)[0]
+        sketches[:, 0].sqrt_()
+        return sketches
+
+    @torch.no_grad()
+    def sums(self, *lists: Sequence[Tensor | None]) -> Tensor:
+        """Of each list the sketches, but of squares in place of norms: (lists, parameters, WIDTH)."""
+        params, each, of_each = self._params, [x for tensors in lists for x in tensors], self._contiguous
+        if len(lists) > 1:
+            params, of_each = [*params] * len(lists), of_each * len(lists)
+        present = [x for x in each if x is not None]
+        if not are_plain(present) or not all(x.is_contiguous() for x in present):
+            each, of_each = self._laid_out(each)
+        places = list(dict.fromkeys([x.device for x in each if x is not None]))
+        if len(places) == 1:
+            total = self._sums_on(places[0])(each, of_each)
+        else:
+            device = self._params[0].device if self._params else torch.device("cpu")
+            total = torch.zeros(len(each), WIDTH, dtype=sketches_plain.sum_dtype(device), device=device)
+            for place in places:
+                here = [x if x is not None and x.device == place else None for x in each]
+                total += self._sums_on(place)(here, of_each).to(total)
+        return all_reduced_sum(total, params, each=True).view(len(lists), len(self._params), WIDTH)
+
+    def _laid_out(self, tensors: Sequence[Tensor | None]) -> tuple[list[Tensor | None], list[Codes]]:
+        """Contiguous real tensors, of what is here, and their codes."""
+        found, of_each, count = list(tensors), [], len(self._params)
+        for i, x in enumerate(tensors):
+            order = None
+            if x is not None:
+                found[i], order = _laid_out(local(x, self._params[i % count]))
+            of_each.append(self._codes_of(self._where[i % count], order))
+        return found, of_each
 
     def _codes_of(self, where: tuple[Any, ...], order: tuple[int, ...] | None) -> Codes:
         """Of what lies at this place of a parameter, with its axes in this order."""
@@ -60,18 +74,19 @@ class Sketcher:
             self._codes[key] = codes(turned[0], turned[1], offset=turned[2])
         return self._codes[key]
 
-    def _sums_on(self, device: torch.device, tensors: Sequence[Tensor | None]) -> Sums:
-        plain = all(type(x) is Tensor for x in tensors if x is not None)
-        if (device, plain) not in self._sums:
-            on_cuda = _on_cuda() if plain and device.type == "cuda" else None
-            self._sums[device, plain] = (sketches_plain if on_cuda is None else on_cuda).Sums(device)
-        return self._sums[device, plain]
+    def _sums_on(self, device: torch.device) -> Sums:
+        if device not in self._sums:
+            on_cuda = _on_cuda() if device.type == "cuda" else None
+            self._sums[device] = (sketches_plain if on_cuda is None else on_cuda).Sums(device)
+        return self._sums[device]
 
 
 def _laid_out(x: Tensor) -> tuple[Tensor, tuple[int, ...] | None]:
     """A contiguous tensor of the same entries, with its axes in this order; a view if they lie without gaps."""
     if x.layout is not torch.strided:
         return x.to_dense().contiguous(), None
+    if x.is_contiguous():
+        return x, None
     order = tuple(int(k) for k in np.argsort([-n for n in x.stride()], kind="stable"))
     y = x.permute(order)
     return (y, order) if y.is_contiguous() else (x.contiguous(), None)

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from contextlib import nullcontext
+from typing import Any
 
 import numpy as np
 import torch
@@ -98,7 +99,7 @@ class Sums:
     def __init__(self, device: torch.device) -> None:
         self._device = device
         self._codes: dict[int, tuple[Tensor, Tensor]] = {}
-        self._tables: dict[tuple[tuple[int, ...] | None, ...], tuple[Tensor, Tensor, dict[torch.dtype, int]]] = {}
+        self._tables: dict[Any, tuple[Tensor, Tensor, dict[torch.dtype, int]]] = {}
 
     def __call__(self, tensors: Sequence[Tensor | None], codes: Sequence[Codes]) -> Tensor:
         """(tensors, WIDTH) in float64, with rows of zeros for what is None.
@@ -108,10 +109,7 @@ class Sums:
             codes: of each; the same object for the same codes, which must not be freed.
         """
         used = [x if x is None or x.dtype in _TYPES else x.float() for x in tensors]
-        key = tuple(
-            None if x is None else (x.data_ptr(), id(c), x.numel(), x.itemsize, x.dtype is torch.bfloat16)
-            for x, c in zip(used, codes, strict=True)
-        )
+        key = (*[x if x is None else (x.data_ptr(), x.dtype) for x in used], *map(id, codes))
         if (found := self._tables.get(key)) is None:
             found = self._table(used, codes)
             while len(self._tables) >= _TABLES:

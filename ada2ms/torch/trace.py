@@ -13,13 +13,14 @@ with Recorder("run.trace", model, optimizer, **plain_layers(model)) as recorder:
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self, cast
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from ada2ms.core.hyperparameters import value_at
@@ -90,6 +91,8 @@ class Recorder:
         places = {name: i for i, name in enumerate(dict.fromkeys(p.own for p in self._parameters))}
         self._place = [places[p.own] for p in self._parameters]  # of each one's tensor in the optimizer's
         self._sketcher = Sketcher(cast("list[Tensor]", self._pieces(self._params)), self._parameters)
+        self._kept: list[Tensor] = []  # sums of the steps that wait, on their device
+        self._fetched: Iterator[NDArray[Any]] = iter(())  # and as they are written
         self._open: _Before | None = None
         self._hooks = [
             optimizer.register_step_pre_hook(self._before),
@@ -125,18 +128,19 @@ class Recorder:
     def _before(self, optimizer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Before a step: values, hyperparameters, and gradients, which a closure has yet to compute."""
         self._open = before = _Before([_hyper(group, optimizer) for group in optimizer.param_groups])
-        before.value = self._sketcher(self._pieces(self._params))
+        values = self._pieces(self._params)
         if self._writer.count < self._writer.full:
             before.full["value"] = self._sampled(self._params)
         place = 1 if len(args) > 1 else "closure"
         closure = args[1] if place == 1 else kwargs.get("closure")
         if closure is None:
-            self._gradients(optimizer, before)
+            self._gradients(optimizer, before, values)
             return None
+        before.sums.append(self._sketcher.sums(values))
 
         def observed() -> Any:
             loss = closure()
-            if before.gradient is None:
+            if before.missing is None:
                 with torch.no_grad():
                     self._gradients(optimizer, before)
                 if loss is not None and not self._writer.has_loss:
@@ -147,14 +151,13 @@ class Recorder:
             return (args[0], observed, *args[2:]), kwargs
         return args, {**kwargs, "closure": observed}
 
-    def _gradients(self, optimizer: Any, before: "_Before") -> None:
+    def _gradients(self, optimizer: Any, before: "_Before", *values: Sequence[Tensor | None]) -> None:
+        """What the optimizer is given; with the values, which are seen at once, if they have not been."""
         grads = [p.grad for p in self._params]
         before.missing = np.array([grads[k] is None for k in self._place], bool)
-        before.gradient = self._sketcher(self._pieces(grads))
+        before.sums.append(self._sketcher.sums(*values, self._pieces(grads)))
         scale, found_inf = getattr(optimizer, "grad_scale", None), getattr(optimizer, "found_inf", None)
-        if scale is not None:  # a fused optimizer unscales by itself
-            before.gradient = before.gradient / scale.to(before.gradient.device)
-            before.scale = scale.clone()
+        before.scale = None if scale is None else scale.clone()  # a fused optimizer unscales by itself
         before.found_inf = None if found_inf is None else found_inf.clone()
         if before.full:
             by = 1.0 if scale is None else float(scale)
@@ -163,33 +166,33 @@ class Recorder:
     @torch.no_grad()
     def _after(self, optimizer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         before, self._open = self._open, None
-        if before is None or before.value is None:
+        if before is None:
             return
-        if before.gradient is None:  # a closure that was not called
+        if before.missing is None:  # a closure that was not called
             self._gradients(optimizer, before)
-        value, gradient, after = before.value, before.gradient, self._sketcher(self._pieces(self._params))
-        assert gradient is not None
+        self._kept += [*before.sums, self._sketcher.sums(self._pieces(self._params))]
         if before.full:
             now = self._sampled(self._params)
             before.full["update"] = {name: now[name] - x for name, x in before.full["value"].items()}
         known = sum(len(group["params"]) for group in optimizer.param_groups)
         s = _global_moment(optimizer)
-        scale, found_inf = before.scale, before.found_inf
+        missing, scale, found_inf = before.missing, before.scale, before.found_inf
+        assert missing is not None
 
         def fill(step: Step) -> None:
-            found = torch.stack([value, gradient, after]).cpu().numpy().astype(np.float64)
-            step.sketches = dict(zip(TENSORS, found, strict=True))
-            update = step.sketches["update"]
-            with np.errstate(invalid="ignore", over="ignore"):  # of a run that diverges
-                update[:, 1:] -= step.sketches["value"][:, 1:]
+            value, gradient, update = next(self._fetched)
+            with np.errstate(invalid="ignore", over="ignore", divide="ignore"):  # of a run that diverges
+                value[:, 0], gradient[:, 0] = np.sqrt(value[:, 0]), np.sqrt(gradient[:, 0])
+                gradient /= 1.0 if scale is None else float(scale)
+                update[:, 1:] -= value[:, 1:]
                 update[:, 0] = np.sqrt(np.mean(np.square(update[:, 1:]), axis=1))
-            step.sketches["gradient"][step.missing] = np.nan
+            gradient[missing] = np.nan
+            step.sketches = dict(zip(TENSORS, (value, gradient, update), strict=True))
             step.hyper = [_finite(group) for group in before.hyper]
             step.skipped = found_inf is not None and bool(found_inf)
             extra = {"s": s, "loss_scale": scale, "untraced": known - len(self._params) or None}
             step.extra = {name: float(x) for name, x in extra.items() if x is not None}
 
-        missing = before.missing
         step = Step(0, empty_sketches(len(self._parameters)), missing, full=before.full)
         self._writer.add(step, fill)
         if self._writer.is_due:
@@ -206,6 +209,10 @@ class Recorder:
         return {p.name: sample(x, p, self._writer.entries) for p, x in each if x is not None}
 
     def _flush(self, *, complete: bool = False) -> None:
+        if self._kept:  # for all steps the device is waited for once
+            whole = torch.cat(self._kept).cpu().numpy().astype(np.float64)
+            self._fetched = iter(whole.reshape(-1, len(TENSORS), *whole.shape[1:]))
+            self._kept = []
         steps = self._writer.take()
         if self._world > 1 and steps:
             _combine(steps, self._group, self._world)
@@ -217,9 +224,8 @@ class _Before:
 
     def __init__(self, hyper: list[dict[str, Any]]) -> None:
         self.hyper = hyper
-        self.value: Tensor | None = None
-        self.gradient: Tensor | None = None
-        self.missing: Any = np.zeros(0, bool)
+        self.sums: list[Tensor] = []  # of values and gradients
+        self.missing: NDArray[Any] | None = None  # until gradients are seen
         self.scale: Tensor | None = None
         self.found_inf: Tensor | None = None
         self.full: dict[str, dict[str, Any]] = {}
