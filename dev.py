@@ -38,6 +38,10 @@ VENV = ROOT / ".venv"
 PYTHON = VENV / ("Scripts/python.exe" if os.name == "nt" else "bin/python")
 STAMP = VENV / "up-to-date"
 CONSTRAINTS = os.environ.get("CONSTRAINTS", "constraints.txt")
+# Packages of some examples, in a folder of their own: other packages import DeepSpeed and torchvision where they find
+# them, and a torchvision of another build than torch's cannot be imported.
+APART = VENV / "apart"
+OF_APART = ("timm", "torchvision", "deepspeed", "einops", "hjson", "py-cpuinfo")
 KERAS_BACKENDS = ("tensorflow", "jax", "torch")
 LABEL = 18  # the width of the labels
 EXTRAS = {  # which commands use; others use all and dev
@@ -87,6 +91,16 @@ def setup(*extras: str) -> None:
         if status := subprocess.run([*pip, "--editable", f".[{','.join(missing)}]"], cwd=ROOT).returncode:
             sys.exit(f"pip has not installed the extras {', '.join(missing)} (exit status {status}); it says why above")
         STAMP.write_text(" ".join([wanted, *done, *missing]))
+
+
+def setup_apart() -> None:
+    """Installs what is kept apart from the environment, unless it is there; `setup` has removed what is too old."""
+    if APART.exists():
+        return
+    print(f"Adding {', '.join(OF_APART)} to {APART.relative_to(VENV.parent)}", flush=True)
+    pip = [PYTHON, "-m", "pip", "--disable-pip-version-check", "install", "--quiet", "-c", CONSTRAINTS]
+    if status := subprocess.run([*pip, "--no-deps", "--target", APART, *OF_APART], cwd=ROOT).returncode:
+        sys.exit(f"pip has not installed {', '.join(OF_APART)} (exit status {status}); it says why above")
 
 
 def contained(extras: Iterable[str]) -> set[str]:
@@ -240,6 +254,8 @@ def main() -> int:
         import release
 
         return 0 if release.main(options) else 1
+    if command == "slow":
+        setup_apart()
     if takes_options:
         return subprocess.run([PYTHON, "-m", "ada2ms", command, *options]).returncode
     return 0 if (docs() if command == "docs" else run_all(jobs[command]())) else 1

@@ -1,7 +1,8 @@
 """Ada2MS in a loop with Hugging Face's accelerate: `python examples/torch_accelerate.py` trains on handwritten digits.
 
-accelerate accumulates the gradients of two batches, clips their norm, and steps optimizer and scheduler where an update
-is due. A second run goes on from the state that the first has saved half-way, and ends with the same numbers.
+accelerate computes in bfloat16 where that is safe, accumulates the gradients of two batches, and steps optimizer and
+scheduler where an update is due; the optimizer clips the norm of what has been accumulated. A second run goes on from
+the state that the first has saved half-way, and ends with the same numbers.
 """
 
 import argparse
@@ -20,19 +21,22 @@ from ada2ms.torch import Ada2MS
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--epochs", type=int, default=10)
-    epochs = parser.parse_args().epochs
+    parser.add_argument("--mixed-precision", choices=("no", "bf16"), default="bf16")
+    options = parser.parse_args()
+    epochs = options.epochs
 
     data = load()
     training = TensorDataset(torch.from_numpy(data.train_images), torch.from_numpy(data.train_labels).long())
     images, labels = torch.from_numpy(data.test_images), torch.from_numpy(data.test_labels).long()
-    accelerator = Accelerator(cpu=True, gradient_accumulation_steps=2)
+    accelerator = Accelerator(cpu=True, gradient_accumulation_steps=2, mixed_precision=options.mixed_precision)
 
     def prepare():
         torch.manual_seed(0)
         model = nn.Sequential(nn.Flatten(), nn.Linear(64, 64), nn.SiLU(), nn.Linear(64, 10))
         batches = DataLoader(training, batch_size=32)
         updates = epochs * -(-len(batches) // 2)
-        optimizer = Ada2MS(model.named_parameters(), lr=5e-3, adaptivity=Cosine(1.0, 0.5, updates))
+        adaptivity = Cosine(1.0, 0.5, updates)
+        optimizer = Ada2MS(model.named_parameters(), lr=5e-3, adaptivity=adaptivity, max_norm=1.0)
         scheduler = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.1, updates)
         return accelerator.prepare(model, optimizer, batches, scheduler)
 
@@ -41,8 +45,6 @@ def main() -> None:
             for x, y in batches:
                 with accelerator.accumulate(model):
                     accelerator.backward(nn.functional.cross_entropy(model(x), y))
-                    if accelerator.sync_gradients:
-                        accelerator.clip_grad_norm_(model.parameters(), 1.0)
                     optimizer.step()
                     scheduler.step()
                     optimizer.zero_grad()

@@ -1,8 +1,8 @@
 """Ada2MS in Hugging Face's Trainer: `python examples/torch_trainer.py` trains a network on handwritten digits.
 
 The Trainer makes the optimizer, with groups with and without weight decay, accumulates the gradients of two batches,
-clips their norm, warms the learning rate up and decays it. A second run goes on from the checkpoint that the first has
-left half-way, and ends with the same numbers.
+warms the learning rate up and decays it; the optimizer clips the gradients' norm, so that the Trainer need not. A
+second run goes on from the checkpoint that the first has left half-way, and ends with the same numbers.
 """
 
 import argparse
@@ -50,7 +50,7 @@ def main() -> None:
             max_steps=steps,
             per_device_train_batch_size=32,
             gradient_accumulation_steps=2,
-            max_grad_norm=1.0,
+            max_grad_norm=0.0,  # max_norm of Ada2MS clips
             learning_rate=2e-3,
             weight_decay=1e-2,
             warmup_steps=steps // 10,
@@ -64,7 +64,8 @@ def main() -> None:
 
         def trainer():
             torch.manual_seed(0)
-            optimizer = Ada2MS, {"lr": options.learning_rate, "adaptivity": Linear(1.0, 0.5, steps)}
+            chosen = {"lr": options.learning_rate, "adaptivity": Linear(1.0, 0.5, steps), "max_norm": 1.0}
+            optimizer = Ada2MS, chosen
             return Trainer(Network(), options, collate, train_dataset=training, optimizer_cls_and_kwargs=optimizer)
 
         whole = trainer()

@@ -58,6 +58,7 @@ def installed(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[str]:
 
     monkeypatch.setattr(dev, "VENV", tmp_path / "venv")
     monkeypatch.setattr(dev, "STAMP", tmp_path / "venv" / "stamp")
+    monkeypatch.setattr(dev, "APART", tmp_path / "venv" / "apart")
     monkeypatch.setattr(venv, "create", lambda path, **_: path.mkdir())
     monkeypatch.setattr(dev, "subprocess", SimpleNamespace(run=run))
     return calls
@@ -91,3 +92,15 @@ def test_other_versions_are_another_environment(
     assert installed == [".[all,dev]", ".[torch]"]
     assert not (dev.VENV / "old").exists()
     assert dev.STAMP.read_text().split()[1:] == ["torch"]
+
+
+def test_what_is_kept_apart_is_installed_once(installed: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    """At versions that are pinned, since nothing else chooses them."""
+    dev.setup("all", "dev", "examples")
+    dev.setup_apart()
+    dev.APART.mkdir()  # as pip does
+    dev.setup_apart()
+    assert installed == [".[all,dev,examples]", dev.OF_APART[-1]]
+    assert capsys.readouterr().out.splitlines()[-1] == f"Adding {', '.join(dev.OF_APART)} to venv/apart"
+    pinned = {line.partition("==")[0] for line in (dev.ROOT / "constraints.txt").read_text().splitlines()}
+    assert pinned >= set(dev.OF_APART)
