@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from ada2ms.core.dialects import OWN_HYPER, Dialect, Hyper, base, replay, variants
+from ada2ms.core.dialects import FAMILIES, OWN_HYPER, Dialect, Hyper, base, replay, said, variants
 from ada2ms.core.trace.model import Parameter, Trace
 from ada2ms.core.trace.sketch import Array, precision
 
@@ -149,7 +149,7 @@ def explain(trace: Trace, *, prefer: Dialect | None = None) -> Fit | None:
     if found.fits:
         return found
     tried = [found]
-    other = {"adam": "sgd", "sgd": "adam", "ada2ms": "adam"}[first.family]
+    other = "sgd" if first.family == "adam" else "adam"
     families = [first, Dialect(family=other, decay=first.decay)]
     for free in (False, True):
         for start in families:
@@ -183,16 +183,9 @@ def _wild(found: Fit) -> bool:
 def spoken(found: Fit) -> str:
     """A dialect in words."""
     d = found.dialect
-    names = {"adam": "Adam", "sgd": "SGD with momentum", "ada2ms": "Ada2MS"}
-    words = [names[d.family]]
-    if d.family == "adam":
-        words.append(
-            {
-                "outside": "epsilon outside the root, after bias correction",
-                "inside": "epsilon inside the root",
-                "before": "epsilon outside the root, before bias correction",
-            }[d.eps]
-        )
+    words = [FAMILIES[d.family]]
+    if d.family in ("adam", "rmsprop"):
+        words.append(f"epsilon {said('eps', d.eps)}")
     words.append(
         {
             "decoupled": "decoupled weight decay",
@@ -209,7 +202,7 @@ def spoken(found: Fit) -> str:
                 "second": "bias correction of the second moment only",
             }[d.bias]
         )
-    words += ["Nesterov"] * d.nesterov + [f"count {d.late:+d}"] * bool(d.late) + ["uphill"] * (d.sign < 0)
+    words += ["Nesterov"] * bool(d.nesterov) + [f"count {d.late:+d}"] * bool(d.late) + ["uphill"] * (d.sign < 0)
     words += [f"moments in {d.state}"] * (d.state != "float32")
     words += [f"{name} {value:g}" for name, value in d.changed if name in OWN_HYPER[d.family]]
     return ", ".join(words)
