@@ -5,6 +5,7 @@ unpacked sdist, without its package, on the wheel in an environment of its own, 
 """
 
 import argparse
+import os
 import re
 import shutil
 import subprocess
@@ -81,6 +82,7 @@ def lent(folder: Path, wheel: Path) -> Path:
 
 def tested(sdist: Path, wheel: Path) -> bool:
     """Runs the quick tests of the sdist on the installed wheel; whether all passed."""
+    os.environ.pop("PYTHONPATH", None)  # which may lead to the package in the repository
     with TemporaryDirectory() as folder:
         python = lent(Path(folder) / "environment", wheel)
         with tarfile.open(sdist) as archive:

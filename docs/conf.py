@@ -28,7 +28,7 @@ default_role = "code"  # docstrings write `name` for code
 autodoc_member_order = "groupwise"
 autodoc_typehints_format = "short"
 autodoc_typehints = "signature"
-autodoc_default_options = {"members": True, "show-inheritance": True}
+autodoc_default_options = {"members": True}
 napoleon_google_docstring = True
 napoleon_numpy_docstring = False
 napoleon_use_ivar = True
@@ -118,6 +118,24 @@ def _skipped(app: Sphinx, what: str, name: str, obj: object, skip: bool, options
     return True if (getattr(obj, "__doc__", None) or "").startswith("Alias for field number") else None
 
 
+# Types that have a name which annotations lose; as autodoc writes them, "~" before what is shown by its last part.
+NAMES = {
+    re.compile(
+        r"~?(numpy\.)?ndarray\[tuple\[~?(typing\.)?Any, \.\.\.\], ~?(numpy\.)?dtype\[~?(typing\.)?Any\]\]"
+    ): "~numpy.ndarray",
+    re.compile(r"~?[\w.]*Array \| ~?[\w.]*ndarray \| [^,=]*?Mapping\[~?[\w.]*Any, ArrayTree\]"): "ArrayTree",
+}
+
+
+def _signature(
+    app: Sphinx, what: str, name: str, obj: object, options: object, signature: str | None, result: str | None
+) -> tuple[str | None, str | None]:
+    for pattern, short in NAMES.items():
+        signature = signature and pattern.sub(short, signature)
+        result = result and pattern.sub(short, result)
+    return signature, result
+
+
 def indent(line: str) -> int:
     """The number of spaces before a line's text."""
     return len(line) - len(line.lstrip())
@@ -127,4 +145,5 @@ def setup(app: Sphinx) -> None:
     """Registers what reads the pages and, before napoleon does, the docstrings."""
     app.connect("source-read", _read)
     app.connect("autodoc-process-docstring", _docstring, priority=100)
+    app.connect("autodoc-process-signature", _signature)
     app.connect("autodoc-skip-member", _skipped)
