@@ -1,5 +1,6 @@
 """The study of the default: its protocol and its rule are what docs/default.md says, and its report is right."""
 
+import json
 from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -10,10 +11,13 @@ import pytest
 
 from ada2ms.cli import main
 from ada2ms.compare import data, runner, study, verdict
+from ada2ms.compare.optimizers import named
 from ada2ms.compare.protocol import EVERY_TASK, TASKS, Protocol, Record, Run
 from ada2ms.compare.study import CHOICES, Study
 from ada2ms.compare.train import train
+from ada2ms.core import DEFAULTS
 
+RESULTS = Path(__file__).parents[1] / "docs" / "comparison" / "default"
 TASK = "glyphs, ViT"
 HALF, THREE_QUARTERS, NINE_TENTHS = CHOICES
 
@@ -183,3 +187,21 @@ def test_the_protocol_is_fixed(option: list[str], tmp_path: Path, capsys: pytest
     assert main(["compare", "--default", "--out", str(tmp_path / "out"), *option]) == 2
     assert f"{option[0]} does not go with --default" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
+
+
+def test_the_page_shows_the_records() -> None:
+    """What docs/comparison/default holds is what its records give, and the default is what the rule chooses."""
+    records = runner.load(RESULTS)
+    protocol = Study()
+    plan = json.loads((RESULTS / "plan.json").read_text())["protocol"]
+    assert plan == json.loads(json.dumps(protocol.as_data()))
+    chosen = [
+        run.key for t in protocol.tasks for name in protocol.optimizers for run in protocol.chosen(t, name, records)
+    ]
+    assert sorted(records) == sorted(chosen)
+    assert len(records) == protocol.total()
+    table = (RESULTS / "table.md").read_text()
+    assert table == verdict.markdown(protocol, records)
+    page = (RESULTS.parents[1] / "default.md").read_text()
+    assert all(line in page for line in table.splitlines() if line.startswith("|"))
+    assert named(DEFAULTS.adaptivity, "model") == study.choice(protocol.scores(records))  # type: ignore[arg-type]

@@ -381,7 +381,7 @@ def test_a_state_of_the_other_scope_is_an_error(made: Any, used: Any) -> None:
 
 
 def test_defaults_are_those_of_every_backend() -> None:
-    explicit = ada2ms(1e-3, 0.9, 0.999, 1e-8, weight_decay=1e-2, adaptivity=0.5, scope="model", nonfinite="propagate")
+    explicit = ada2ms(1e-3, 0.9, 0.999, 1e-8, weight_decay=1e-2, adaptivity=0.9, scope="model", nonfinite="propagate")
     gradients = [tree(i) for i in range(1, 4)]
     assert_equal(train(ada2ms(), tree(0), gradients), train(explicit, tree(0), gradients))
 

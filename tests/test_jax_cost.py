@@ -154,6 +154,7 @@ def test_eager_updates_compile_once() -> None:
         assert run(ada2ms(1e-3), 1) > 5
         assert run(ada2ms(1e-3), 3) == 0
         run(ada2ms(1e-3, adaptivity=0.3), 1)
+        run(ada2ms(1e-3, adaptivity=0.5), 1)  # has a program of its own, without a power
         for i in range(1, 4):
             assert run(ada2ms(i * 1e-3, 0.8 - 0.1 * i, 0.99 - 0.1 * i, i * 1e-7, weight_decay=0.1 * i), 1) == 0
             assert run(ada2ms(1e-3, 0.8 - 0.1 * i, adaptivity=0.3 + 0.1 * i), 1) == 0

@@ -194,9 +194,8 @@ def test_a_pickle_from_before_there_was_a_compensation(scope: Any) -> None:
     file = Path(__file__).with_name("data") / "jax-states-before-compensation.pickle"
     before = pickle.loads(file.read_bytes())[scope]
     assert type(before["state"]) is ScaleByAda2MSState
-    found = jax.jit(ada2ms(0.1, scope=scope, nonfinite="skip").update)(
-        before["gradients"], before["state"], before["params"]
-    )
+    optimizer = ada2ms(0.1, adaptivity=0.5, scope=scope, nonfinite="skip")  # 0.5 was its default
+    found = jax.jit(optimizer.update)(before["gradients"], before["state"], before["params"])
     assert_close(found, jax.tree.map(jnp.asarray, (before["updates"], before["after"])), 4 * EPSILON, EPSILON)
 
 

@@ -206,7 +206,7 @@ def test_a_pickle_from_before_fields_were_in_order(scope: Any) -> None:
     before = pickle.loads(file.read_bytes())[scope]
     assert isinstance(before["state"], ScaleByAda2MSState)
     assert (before["state"].skipped, list(before["state"].steps)) == (1, [3, 3])
-    optimizer = ada2ms(0.1, scope=scope, nonfinite="skip")
+    optimizer = ada2ms(0.1, adaptivity=0.5, scope=scope, nonfinite="skip")  # 0.5 was its default
     found = jax.jit(optimizer.update)(before["gradients"], before["state"], before["params"])
     assert_close(found, jax.tree.map(jnp.asarray, (before["updates"], before["after"])), 4 * EPSILON, EPSILON)
 

@@ -71,7 +71,9 @@ class Overwriting(keras.layers.Layer):  # type: ignore[misc]
 
 def overwriting(scope: Any = "tensor") -> Any:
     model = keras.Sequential([keras.Input((3,)), Overwriting(name="own")])
-    model.compile(Ada2MS(0.125, scope=scope, gradient_accumulation_steps=2), "mse", run_eagerly=True)
+    # 0.5 was the default of the version that wrote the file.
+    optimizer = Ada2MS(0.125, adaptivity=0.5, scope=scope, gradient_accumulation_steps=2)
+    model.compile(optimizer, "mse", run_eagerly=True)
     model.optimizer.build(model.trainable_variables)
     return model
 

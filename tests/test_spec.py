@@ -277,7 +277,7 @@ def test_numpys_numbers_do_not_compute_in_their_own_precision(kind: Any) -> None
 
 
 def test_defaults() -> None:
-    assert vars(DEFAULTS) == {"lr": 1e-3, "b1": 0.9, "b2": 0.999, "eps": 1e-8, "weight_decay": 1e-2, "adaptivity": 0.5}
+    assert vars(DEFAULTS) == {"lr": 1e-3, "b1": 0.9, "b2": 0.999, "eps": 1e-8, "weight_decay": 1e-2, "adaptivity": 0.9}
     optimizer = Ada2MS([])
     assert (optimizer.scope, optimizer.nonfinite, optimizer.groups[0].hyper) == ("model", "propagate", DEFAULTS)
     assert (optimizer.max_norm, optimizer.groups[0].compensated) == (None, False)

@@ -37,7 +37,7 @@ class Hyperparameters:
     b2: float = 0.999
     eps: float = 1e-8
     weight_decay: float = 1e-2
-    adaptivity: Scheduled = 0.5
+    adaptivity: Scheduled = 0.9
 
     def __post_init__(self) -> None:
         for field, value in list(vars(self).items()):

@@ -60,7 +60,7 @@ class Ada2MS(Reducing):
             `LearningRateSchedule`, or any callable that is given the count of completed updates as a float tensor,
             0 for the first update. An update completes neither when gradients are accumulated nor when it is skipped.
             A callable of your own must be one that Keras can serialise, if the model is to be saved:
-            `keras.saving.register_keras_serializable`. Defaults to `0.5`.
+            `keras.saving.register_keras_serializable`. Defaults to `0.9`.
         scope: `"model"`: one global second moment, of all variables that this optimizer updates (within a
             `MultiOptimizer`, those of this member). `"tensor"`: one for each variable. Defaults to `"model"`.
         nonfinite: `"propagate"`, or `"skip"`: a step with a gradient that is not finite changes neither variables nor
