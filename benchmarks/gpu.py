@@ -5,9 +5,10 @@ whatever it finds of torch, JAX and Keras is tested and measured, and the report
 five minutes. Without a GPU the benchmarks run on the CPU, on one small model, which shows that they work and measures
 nothing.
 
-The report (`gpu.md` and `gpu.json`) has the date, versions and device; a step's time beside the framework's own AdamW,
-in interleaved rounds, with and without clipping; the share of the device's copy bandwidth that it reaches; the kernels
-and copies it launches, the calls in it that wait for the device, and the memory it takes; and the tests marked `gpu`.
+The report (`gpu.md` and `gpu.json`) has the date, versions and device; what `ada2ms check` says of them; a step's time
+beside the framework's own AdamW, in interleaved rounds, with and without clipping; the share of the device's copy
+bandwidth that it reaches; the kernels and copies it launches, the calls in it that wait for the device, and the memory
+it takes; and the tests marked `gpu`.
 """
 
 import argparse
@@ -15,20 +16,20 @@ import datetime
 import json
 import os
 import platform
-import re
 import statistics
-import subprocess
 import sys
 import time
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import suppress
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
+
+from gpu_checks import Limits, Section, run_check, run_tests
 
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGES = ("ada2ms", "torch", "triton", "jax", "optax", "flax", "keras", "numpy")
@@ -52,21 +53,9 @@ SMALL: dict[str, Shapes] = {"a small model": [(64, 64)] * 2 + [(3,)]}
 
 
 @dataclass
-class Section:
-    """A part of the report."""
-
-    title: str
-    lines: list[str]  # Markdown
-    data: dict[str, dict[str, Any]] = field(default_factory=dict)  # the same as numbers, by row
-    ok: bool = True
-
-
-@dataclass
-class Options:
+class Options(Limits):
     """What the command line asks for, and whether the framework at hand sees a GPU."""
 
-    smoke: bool
-    test_seconds: float
     on_gpu: bool = False
 
     @property
@@ -283,45 +272,6 @@ def compile_step(optimizer: Any, gradients: Any, held: dict[str, Any], name: str
     return compiled, told
 
 
-# Tests
-
-
-def run_tests(options: Options) -> Iterator[Section]:
-    """The tests marked `gpu`, once; those that depend on Keras once more on its other backend."""
-    if options.smoke or find_spec("pytest") is None:
-        yield Section("Tests", ["Not run: --smoke leaves them out." if options.smoke else "pytest is not installed."])
-        return
-    with_keras = find_spec("keras") is not None
-    backends = [name for name in ("torch", "jax") if find_spec(name)]
-    for backend, marker in zip(backends, ("gpu" if with_keras else "gpu and not keras", "gpu and keras"), strict=False):
-        if "and keras" in marker and not with_keras:
-            continue
-        command = [sys.executable, "-m", "pytest", "-q", "-m", marker, "-p", "no:cacheprovider", "-p", "no:benchmark"]
-        # torch's own test tools import Numba, which newer versions of NumPy warn
-        command += ["-W", "ignore:The 'generic' unit for NumPy timedelta:DeprecationWarning"]
-        if find_spec("xdist"):
-            command += ["-n", str(min(os.cpu_count() or 1, 14))]
-        yield tested(command, backend, marker, options.test_seconds)
-
-
-def tested(command: list[str], backend: str, marker: str, seconds: float) -> Section:
-    title = f"Tests, `KERAS_BACKEND={backend} pytest -m '{marker}'`"
-    environment = {**os.environ, "KERAS_BACKEND": backend}
-    try:
-        done = subprocess.run(
-            command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False, timeout=seconds
-        )
-    except subprocess.TimeoutExpired as error:
-        print((error.stdout or b"").decode(errors="replace")[-4000:])
-        return Section(title, [f"Not done after {seconds:.0f} s."], ok=False)
-    ok = done.returncode in (0, 5)  # 5: there are none
-    if not ok:
-        print(done.stdout[-12000:], done.stderr[-2000:])
-    output = done.stdout.strip() or done.stderr.strip() or "no output"
-    notable = re.findall(r"^(?:SKIPPED|FAILED|ERROR) .*", output, re.MULTILINE)
-    return Section(title, [output.splitlines()[-1].strip("= "), "", *[f"- {line}" for line in notable]], ok=ok)
-
-
 # The report
 
 
@@ -355,11 +305,19 @@ def facts() -> dict[str, Any]:
     return {"date": str(datetime.date.today()), "device": device_name(), "versions": versions}
 
 
+PARTS: dict[str, Callable[[Options], Iterator[Section]]] = {
+    "check": run_check,
+    "torch": benchmark_torch,
+    "jax": benchmark_jax,
+    "tests": run_tests,
+}
+
+
 def sections(only: str, options: Options) -> Iterator[Section]:
-    for name, run in (("torch", benchmark_torch), ("jax", benchmark_jax), ("tests", run_tests)):
+    for name, run in PARTS.items():
         if only not in (name, "all"):
             continue
-        framework = name if name != "tests" else ""
+        framework = name if name in ("torch", "jax") else ""
         if framework and find_spec(framework) is None:
             yield Section(framework, [f"Not run: {framework} is not installed."])
             continue
@@ -376,7 +334,7 @@ def sections(only: str, options: Options) -> Iterator[Section]:
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("ada2ms-gpu"), help="folder of the report")
-    parser.add_argument("--only", choices=("all", "torch", "jax", "tests"), default="all", help="one part of it")
+    parser.add_argument("--only", choices=("all", *PARTS), default="all", help="one part of it")
     parser.add_argument("--smoke", action="store_true", help="one small model, one round, no tests: whether it runs")
     parser.add_argument("--test-seconds", type=float, default=240, help="after which a run of tests is given up")
     given = parser.parse_args(arguments)

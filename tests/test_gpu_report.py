@@ -22,6 +22,10 @@ def test_the_report_without_a_gpu(tmp_path: Path) -> None:
     assert report["device"].startswith("no GPU")
     rows = {section["title"]: section["data"] for section in report["sections"]}
     assert {"PyTorch, a small model", "JAX, a small model"} <= set(rows)
+    assert report["sections"][0]["title"].startswith("Check")
+    checked = report["sections"][0]["data"]
+    assert {"torch, cpu, for-loop, float64", "torch, cpu, foreach, float32"} <= set(checked)
+    assert all(row["off"] == [] for row in checked.values())
     for title, names in (
         ("PyTorch, a small model", {"AdamW fused", "Ada2MS 0.5 fused", "clip, Ada2MS 0.5 fused", "Ada2MS 0.5 default"}),
         ("JAX, a small model", {"adamw", "ada2ms 0.5", "clip, ada2ms 0.5"}),
@@ -29,6 +33,7 @@ def test_the_report_without_a_gpu(tmp_path: Path) -> None:
         assert names <= set(rows[title])
         assert all(row["ms"] > 0 and row["baseline"] in rows[title] for row in rows[title].values())
     text = (tmp_path / "gpu.md").read_text()
+    assert "| for-loop | float64 | 160 of 160 |" in text
     assert "torch sees no GPU" in text
     assert "jax sees no GPU" in text
     assert "Not run: --smoke leaves them out." in text

@@ -7,7 +7,7 @@ import sys
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from importlib.util import find_spec
 from typing import Any, Final
 
@@ -67,7 +67,11 @@ def tasks(frameworks: Sequence[str], device: str | None, everything: bool, speed
         backends = [name for name in KERAS_BACKENDS if find_spec(name)] if framework == "keras" else [""]
         for backend in backends:
             label = f"keras on {backend}" if backend else framework
-            yield Task(framework, label, device, everything, speed)
+            whole = Task(framework, label, device, everything, speed)
+            if framework == "jax" and not speed:  # most of whose time is compilation, of each precision apart
+                yield from (replace(whole, dtypes=(dtype,)) for dtype in whole.dtypes)
+            else:
+                yield whole
 
 
 def environment(task: Task) -> dict[str, str]:

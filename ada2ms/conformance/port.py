@@ -8,6 +8,7 @@ from typing import Any, Final, Protocol
 import numpy as np
 
 from ada2ms.conformance.bounds import Deviation, bound_in_epsilons, deviations
+from ada2ms.conformance.known import variants
 from ada2ms.core import golden
 from ada2ms.core.cases import (
     Array,
@@ -84,13 +85,19 @@ class Report:
             unit = "epsilons" if self.dtype == "float64" else "epsilons a step"
             bound = bound_in_epsilons(self.dtype)
             lines[0] += f"; the worst update is off by {self.worst.epsilons:.2g} {unit} of {bound:.4g}"
-        comments = {case.id: case.comment for case in golden.load()}
-        lines += [f"off: {found}\n     ({comments[case]})" for case, found in self.wrong.items()]
+        lines += [line for case, found in self.wrong.items() for line in _told(case, found)]
         reasons: dict[str, list[str]] = {}
         for case, reason in self.unchecked.items():
             reasons.setdefault(reason, []).append(case)
         lines += [f"not checked: {len(ids)} cases, such as {ids[0]}: {reason}" for reason, ids in reasons.items()]
         return "\n".join(lines)
+
+
+def _told(case: str, found: Deviation) -> list[str]:
+    """What is off, what the case is, and which mistakes it is there to tell."""
+    comment = next(x.comment for x in golden.load() if x.id == case)
+    mistakes = "; ".join(variants()["named"].get(case, []))
+    return [f"off: {found}", f"     ({comment})", *([f"     as it would be by: {mistakes}"] if mistakes else [])]
 
 
 def check(make: Make, *, dtype: str = "float64", cases: Iterable[golden.Case] | None = None) -> Report:
@@ -156,7 +163,7 @@ def _made(make: Make, case: golden.Case, dtype: str) -> Optimizer:
     try:
         inspect.signature(make).bind(params, **asked)
     except TypeError as error:
-        raise NotStated(f"make has not this argument: {error}") from None
+        raise NotStated(f"make does not take what it needs ({error})") from None
     except ValueError:  # built-in functions need not tell their arguments
         pass
     return make(params, **asked)

@@ -1,16 +1,14 @@
 """The golden vectors by one path of one framework on one device: a row of `ada2ms check`."""
 
-import json
 import math
 import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
-from functools import cache
-from importlib.resources import files
 from typing import Any, Final
 
 from ada2ms.conformance.bounds import bound_in_epsilons, deviations
+from ada2ms.conformance.known import variants
 from ada2ms.core import golden
 from ada2ms.core.cases import NotStated, Path, precisions
 
@@ -58,18 +56,6 @@ class Row:
         """As plain data, for JSON, which has no infinity."""
         worst = self.worst if self.worst is None or math.isfinite(self.worst) else None
         return asdict(self) | {"worst": worst}
-
-
-@cache
-def variants() -> dict[str, dict[str, list[str]]]:
-    """What the cases tell from the rule, as `tests/variants.py` of the repository has found it.
-
-    Under "named", by case, the known wrong variants that it is there to tell. Under "cover", by case, those that it
-    tells of a few short cases that tell them all.
-    """
-    file = files("ada2ms.conformance") / "variants.json"
-    found: dict[str, dict[str, list[str]]] = json.loads(file.read_text(encoding="utf-8"))
-    return found
 
 
 def chosen(path: Path, everything: bool) -> list[golden.Case]:
@@ -127,18 +113,21 @@ def _deviation(case: golden.Case, path: Path, row: Row) -> tuple[float, str]:
     return worst, ""
 
 
-def rows(framework: str, drive: Any, device: str, everything: bool, progress: Progress) -> Iterator[Row]:
-    """Every path on a device, in both precisions.
+def rows(
+    framework: str, drive: Any, device: str, dtypes: Sequence[str], everything: bool, progress: Progress
+) -> Iterator[Row]:
+    """Every path on a device.
 
     Args:
         framework: as the rows call it.
         drive: the backend's room of that name.
         device: the framework's name of it.
+        dtypes: the precisions to run in.
         everything: whether to run all cases by all paths.
         progress: told what is being run.
     """
     for path in drive.paths(device, None if everything else variants()["cover"]):
-        for dtype in ("float64", "float32"):
+        for dtype in dtypes:
             row = Row(framework, drive.version(), device, path.name, dtype)
             if reason := drive.lacks(device, dtype):
                 row.note = reason

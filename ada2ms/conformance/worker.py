@@ -26,6 +26,7 @@ class Task:
     device: str | None = None
     everything: bool = False
     speed: bool = False
+    dtypes: tuple[str, ...] = ("float64", "float32")
 
 
 def found_devices(task: Task, drive: Any) -> list[str]:
@@ -63,7 +64,7 @@ def work(task: Task) -> Iterator[dict[str, Any]]:
         say({"progress": text})
 
     for device in devices:
-        for row in rows.rows(task.label, drive, device, task.everything, progress):
+        for row in rows.rows(task.label, drive, device, task.dtypes, task.everything, progress):
             yield {"row": row.data()}
         if task.speed:
             for line in speed.lines(task.label, drive, device, progress):
