@@ -38,7 +38,9 @@ class Run:
     def gradients(self) -> Iterator[dict[str, Array | None]]:
         rng = np.random.default_rng(1)
         for step in range(STEPS_MADE):
-            found: dict[str, Array | None] = {n: np.asarray(rng.normal(size=shape)) for n, shape in SHAPES.items()}
+            arrays = {n: np.asarray(rng.normal(size=shape)) for n, shape in SHAPES.items()}
+            arrays["kernel"][0, 0] = 0  # whose v is 0
+            found: dict[str, Array | None] = dict(arrays)
             for name, g in found.items():
                 if (step, name) in self.missing:
                     found[name] = None
@@ -59,6 +61,7 @@ RUNS = {
     "large eps": Run({"eps": 0.5}),
     "skipped": Run({"nonfinite": "skip"}, infinite=frozenset({(1, "kernel")})),
     "missing": Run(missing=frozenset({(0, "bias"), (2, "kernel")})),
+    "missing from tensors": Run({"scope": "tensor"}, missing=frozenset({(0, "bias"), (2, "kernel")})),
     "groups": Run({}, [core.Group("bias", lr_scale=0.5, b2=0.9, adaptivity=0.9, eps=0.25), core.NO_DECAY]),
 }
 EVERY_RUN = pytest.mark.parametrize("name", RUNS)
@@ -100,6 +103,7 @@ def expected(run: Run) -> dict[str, float]:
         v_hat = group.exp_avg_sq[0] / bias_correction(hyper.b2, t)
         with np.errstate(invalid="ignore"):
             d = v_hat ** (a / 2) * s_hat ** ((1 - a) / 2) + hyper.eps
+            d = np.where(d == 0, np.inf, d)
             steps[name] = float(np.linalg.norm(lr * m_hat / d) / np.linalg.norm(m_hat))
     with np.errstate(invalid="ignore"):
         ratios = {n: float(np.linalg.norm(p - before[n]) / np.linalg.norm(p)) for n, p in after.items()}

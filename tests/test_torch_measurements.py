@@ -180,7 +180,7 @@ def test_before_the_first_update_and_of_what_had_none() -> None:
 @pytest.mark.parametrize("capturable", [False, True])
 def test_a_first_step_that_is_skipped_updates_nothing(capturable: bool) -> None:
     p = nn.Parameter(torch.ones(3))
-    optimizer = Ada2MS([p], nonfinite="skip", capturable=capturable)
+    optimizer = Ada2MS([p], nonfinite="skip", capturable=capturable, adaptivity=1.0)  # which does not use s
     p.grad = torch.full((3,), math.inf)
     optimizer.step()
     found = measure(optimizer, {"p": p}, wait=True)

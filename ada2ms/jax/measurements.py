@@ -2,7 +2,7 @@
 
 import inspect
 from collections.abc import Iterable, Iterator, Mapping
-from typing import Any
+from typing import Any, Literal, overload
 
 import jax
 import jax.numpy as jnp
@@ -26,6 +26,34 @@ from ada2ms.jax.step import log_beta, of_group
 _OURS = (CompensatedAda2MSState, ScaleByAda2MSState)
 
 
+@overload
+def measure(
+    optimizer: optax.GradientTransformation,
+    opt_state: optax.OptState,
+    params: optax.Params | None = None,
+    *,
+    updates: optax.Updates | None = None,
+    gradients: optax.Updates | None = None,
+    match: str = "",
+    prefix: str = names.PREFIX,
+    wait: Literal[True],
+) -> dict[str, float]: ...
+
+
+@overload
+def measure(
+    optimizer: optax.GradientTransformation,
+    opt_state: optax.OptState,
+    params: optax.Params | None = None,
+    *,
+    updates: optax.Updates | None = None,
+    gradients: optax.Updates | None = None,
+    match: str = "",
+    prefix: str = names.PREFIX,
+    wait: Literal[False] = False,
+) -> dict[str, jax.Array]: ...
+
+
 def measure(
     optimizer: optax.GradientTransformation,
     opt_state: optax.OptState,
@@ -36,7 +64,7 @@ def measure(
     match: str = "",
     prefix: str = names.PREFIX,
     wait: bool = False,
-) -> dict[str, Any]:
+) -> Any:
     """The last update in numbers, for any logger: `ada2ms.core.measurements` has the list.
 
     A pure function of its arguments, to be called within the compiled training step, so that nothing waits, or outside

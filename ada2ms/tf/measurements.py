@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal, overload
 
 import keras
 import numpy as np
@@ -22,6 +22,28 @@ from ada2ms.tf.step import Moved, b2_of_moments, coefficients, correction_of_mom
 Tensor = Any  # of whichever backend Keras runs on
 
 
+@overload
+def measure(
+    optimizer: keras.optimizers.Optimizer,
+    model: Model | None = None,
+    *,
+    match: str = "",
+    prefix: str = names.PREFIX,
+    wait: Literal[True],
+) -> dict[str, float]: ...
+
+
+@overload
+def measure(
+    optimizer: keras.optimizers.Optimizer,
+    model: Model | None = None,
+    *,
+    match: str = "",
+    prefix: str = names.PREFIX,
+    wait: Literal[False] = False,
+) -> dict[str, Any]: ...
+
+
 def measure(
     optimizer: keras.optimizers.Optimizer,
     model: Model | None = None,
@@ -29,7 +51,7 @@ def measure(
     match: str = "",
     prefix: str = names.PREFIX,
     wait: bool = False,
-) -> dict[str, Any]:
+) -> Any:
     """The last update in numbers, for any logger: `ada2ms.core.measurements` has the list.
 
     Call it after an update, in a loop of your own or in a callback: `Ada2MSLogger(layers=True)` does. (In `fit` on JAX,
