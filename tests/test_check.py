@@ -103,6 +103,47 @@ def test_a_row_of_what_cannot_be_had() -> None:
     assert (row.ran, row.off, row.note) == (False, [], "is for cpu")
 
 
+def test_a_captured_step_goes_by_the_buffers_of_its_graph(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With a graph that captures nothing and replays by a step, which is what one on CUDA comes to."""
+    torch = pytest.importorskip("torch")
+    from ada2ms.torch import drive
+
+    class Graph:
+        replayed = 0
+        step: Any
+
+        def replay(self) -> None:
+            Graph.replayed += 1
+            self.step()
+
+    class Capture:
+        def __init__(self, graph: Graph) -> None:
+            run = running[-1]
+            graph.step = run.optimizer.step
+            self.tensors = [*run.parameters, *(x for state in run.optimizer.state.values() for x in state.values())]
+
+        def __enter__(self) -> None:
+            self.before = [x.detach().clone() for x in self.tensors]
+
+        def __exit__(self, *_: object) -> None:
+            with torch.no_grad():
+                for x, value in zip(self.tensors, self.before, strict=True):
+                    x.copy_(value)
+
+    class Captured(drive.Captured):
+        def __init__(self, *arguments: Any, **options: Any) -> None:
+            super().__init__(*arguments, **options)
+            running.append(self)
+
+    running: list[Captured] = []
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", Graph)
+    monkeypatch.setattr(torch.cuda, "graph", Capture)
+    monkeypatch.setattr(drive, "Captured", Captured)
+    row = rule_row(drive.replay(drive.Captured, capturable=True))
+    assert (row.off, row.wrong) == ([], 0)
+    assert Graph.replayed > row.cases
+
+
 # A machine's status.
 
 

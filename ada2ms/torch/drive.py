@@ -169,27 +169,28 @@ class Captured(Driven):
     """Steps on CUDA are replayed from a graph: one is captured for each set of parameters that have gradients, after a
     first step without a graph, which makes their state. The learning rates are to be tensors, which a graph reads."""
 
-    _graphs: dict[tuple[bool, ...], tuple[torch.cuda.CUDAGraph | None, list[torch.Tensor | None]]]
+    _graphs: dict[tuple[bool, ...], torch.cuda.CUDAGraph]
+    _buffers: dict[tuple[bool, ...], list[torch.Tensor | None]]
 
     def step(self, gradients: Sequence[Array | None]) -> None:
         """One step; None is a gradient that is missing."""
-        self._graphs = getattr(self, "_graphs", {})
         present = tuple(g is not None for g in gradients)
-        if present not in self._graphs:
+        if not hasattr(self, "_buffers"):
+            self._graphs, self._buffers = {}, {}
+        if present not in self._buffers or not any(present):
             super().step(gradients)
-            self._graphs[present] = None, [p.grad for p in self.parameters]
+            self._graphs.clear()  # what the new state shares with others may have moved
+            self._buffers[present] = [p.grad for p in self.parameters]
             return
-        graph, buffers = self._graphs[present]
-        for p, buffer, g in zip(self.parameters, buffers, gradients, strict=True):
+        for p, buffer, g in zip(self.parameters, self._buffers[present], gradients, strict=True):
             p.grad = buffer
             if buffer is not None:
                 buffer.copy_(torch.tensor(g, dtype=buffer.dtype))
-        if graph is None:
-            graph = torch.cuda.CUDAGraph()
-            self._graphs[present] = graph, buffers
-            with torch.cuda.graph(graph):
+        if present not in self._graphs:
+            self._graphs[present] = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(self._graphs[present]):
                 self.optimizer.step()
-        graph.replay()
+        self._graphs[present].replay()
 
 
 def driven(case: golden.Case, dtype: str, device: str, made: type[Driven] = Driven, **options: Any) -> Driven:
