@@ -150,6 +150,80 @@ def in_keras(space: Namespace) -> None:
     space |= {"x": np.ones((8, 4), "float32"), "y": np.ones((8, 2), "float32")}
 
 
+def in_trainer(space: Namespace) -> None:
+    """A model that returns its loss by name, and data that it takes by name."""
+    import torch
+
+    class Regression(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = torch.nn.Linear(4, 2)
+
+        def forward(self, x: Any, labels: Any) -> dict[str, Any]:
+            return {"loss": (self.layer(x) - labels).square().mean()}
+
+    data = [{"x": torch.ones(4), "labels": torch.ones(2)}] * 8
+    batches = torch.utils.data.DataLoader(data, batch_size=4)  # type: ignore[arg-type]
+    space |= {"model": Regression(), "data": data, "batches": batches}
+
+
+def in_accelerate(space: Namespace) -> None:
+    """As in a process of its own: the Trainer has settings, which accelerate has once."""
+    from accelerate.state import AcceleratorState
+
+    AcceleratorState._reset_state(reset_partial_state=True)
+    in_trainer(space)
+
+
+def with_two_groups(space: Namespace) -> None:
+    import torch
+
+    module = space["Classifier"]()
+    module.layer = torch.nn.Linear(4, 2)
+    assert [group.get("weight_decay") for group in module.configure_optimizers().param_groups] == [0.01, 0.0]
+
+
+def apart(space: Namespace) -> None:
+    """A model, and the packages that are kept apart."""
+    from examples_support import APART
+    from run_with_torchvision import declare_operators
+
+    sys.path.append(str(APART))
+    declare_operators()
+    in_torch(space)
+
+
+def with_deepspeed(space: Namespace) -> None:
+    """A process group of one, without what DeepSpeed would compile."""
+    from torch import distributed
+
+    os.environ |= {"DS_ACCELERATOR": "cpu", "RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"}
+    distributed.init_process_group("gloo", f"file://{Path.cwd()}/store", rank=0, world_size=1)
+    import deepspeed
+
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    in_torch(space)
+
+
+def a_step_of_the_engine(space: Namespace) -> None:
+    engine, x = space["engine"], space["x"]
+    before = [p.detach().clone() for p in engine.module.parameters()]
+    engine.backward(engine(x).square().sum())
+    engine.step()
+    assert all((p != q).any() for p, q in zip(engine.module.parameters(), before, strict=True))
+
+
+def by_name_in_keras(space: Namespace) -> None:
+    assert type(space["model"].optimizer) is type(space["optimizer"]) is space["Ada2MS"]
+    assert space["optimizer"].adaptivity == 0.75
+
+
+def a_trial(space: Namespace) -> None:
+    import keras_tuner
+
+    assert space["build"](keras_tuner.HyperParameters()).optimizer.adaptivity == 0.0
+
+
 EXPORT, IMPORT = "export_state(model, optimizer, **plain_layers(model)).save(", "import_state("
 # By page and a line, or the beginning of one, that one snippet of the page has.
 GIVEN: dict[tuple[str, str], Callable[[Namespace], None]] = {
@@ -165,6 +239,11 @@ GIVEN: dict[tuple[str, str], Callable[[Namespace], None]] = {
     ("docs/handoff.md", 'axes = {"attn.weight"'): with_attention,
     ("docs/handoff.md", "receipt = Receipt("): with_receipt,
     ("docs/layers.md", "mappings = plain_layers("): gpt2,
+    ("docs/trainers.md", "trainer = Trainer("): in_trainer,
+    ("docs/trainers.md", "accelerator = Accelerator("): in_accelerate,
+    ("docs/trainers.md", "import ada2ms.timm"): apart,
+    ("docs/trainers.md", "import deepspeed"): with_deepspeed,
+    ("docs/trainers.md", "optimizer = optax.inject_hyperparams("): in_jax,
     ("docs/trace.md", "from ada2ms.torch import Recorder"): training,
     ("docs/trace.md", "from ada2ms.jax import Recorder"): in_jax,
     ("docs/trace.md", "from ada2ms.tf import Recorder"): in_keras,
@@ -174,6 +253,10 @@ THEN: dict[tuple[str, str], Callable[[Namespace], None]] = {
     ("docs/global.md", "optimizer = optax.selective_transform("): frozen_stays,
     ("docs/handoff.md", "optimizer = nnx.Optimizer(model, ada2ms(**arguments(state))"): handed_over,
     ("docs/handoff.md", 'axes = {"attn.weight"'): attention_is_cut,
+    ("docs/trainers.md", "class Classifier("): with_two_groups,
+    ("docs/trainers.md", "import deepspeed"): a_step_of_the_engine,
+    ("docs/trainers.md", "import keras"): by_name_in_keras,
+    ("docs/trainers.md", "def build("): a_trial,
 }
 
 

@@ -19,6 +19,7 @@ PAGES = [
     if snippets.snippets(str(page.relative_to(ROOT)))
 ]
 NEEDS = {"docs/layers.md": "transformers", "docs/handoff.md": "flax", "README.md": "flax"}
+NEEDS |= {"docs/trainers.md": "keras_tuner"}  # and the others that `python dev.py slow` installs with it
 
 
 @pytest.mark.slow
