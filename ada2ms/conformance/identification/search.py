@@ -19,7 +19,7 @@ _STARTS: Final[tuple[tuple[Dialect, Hyper], ...]] = (
     (Dialect(), {}),
     (Dialect(family="sgd"), {"momentum": 0.9}),
     (Dialect(family="sgd"), {"momentum": 0.0}),
-    (Dialect(family="ada2ms"), {}),
+    (Dialect(family="ada2ms"), {"adaptivity": 0.5}),  # the middle of its range, whatever the default
     (Dialect(family="rmsprop", bias="none"), {"b2": 0.99}),
     (Dialect(family="rmsprop", bias="none", eps="inside"), {"b2": 0.9}),
     (Dialect(family="rmsprop", bias="none"), {"b2": 0.99, "momentum": 0.9}),
