@@ -158,6 +158,29 @@ def test_the_status() -> None:
     assert machine.Outcome([alone, ran, not_run]).status(["torch", "keras"]) == 2
 
 
+@pytest.mark.parametrize(
+    ("cores", "speed", "processes"), [(1, False, 1), (2, False, 2), (2, True, 1), (None, False, 1)]
+)
+def test_a_framework_alone_takes_two_cores(
+    cores: int | None, speed: bool, processes: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    done: list[Task] = []
+    monkeypatch.setattr(machine.os, "cpu_count", lambda: cores)
+    monkeypatch.setattr(machine, "find_spec", lambda name: name)
+    monkeypatch.setattr(machine, "the_rule", lambda progress: [])
+    monkeypatch.setattr(machine, "perform", lambda task, outcome, progress: done.append(task))
+    machine.run(["torch"], speed=speed)
+    assert len(done) == processes
+    assert sorted(dtype for task in done for dtype in task.dtypes) == ["float32", "float64"]
+
+
+def test_keras_runs_on_each_of_its_backends(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(machine, "find_spec", lambda name: name if name != "torch" else None)
+    found = list(machine.tasks(["jax", "keras"], None, False, False))
+    assert [task.label for task in found] == ["keras on tensorflow", "keras on jax", "jax"]
+    assert machine.environment(found[1])["KERAS_BACKEND"] == "jax"
+
+
 def test_a_framework_that_is_not_installed_is_named(capsys: pytest.CaptureFixture[str], monkeypatch: Any) -> None:
     monkeypatch.setattr(machine, "find_spec", lambda name: None)
     assert main(["check"]) == 2

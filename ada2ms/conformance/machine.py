@@ -67,11 +67,7 @@ def tasks(frameworks: Sequence[str], device: str | None, everything: bool, speed
         backends = [name for name in KERAS_BACKENDS if find_spec(name)] if framework == "keras" else [""]
         for backend in backends:
             label = f"keras on {backend}" if backend else framework
-            whole = Task(framework, label, device, everything, speed)
-            if framework == "jax" and not speed:  # most of whose time is compilation, of each precision apart
-                yield from (replace(whole, dtypes=(dtype,)) for dtype in whole.dtypes)
-            else:
-                yield whole
+            yield Task(framework, label, device, everything, speed)
 
 
 def environment(task: Task) -> dict[str, str]:
@@ -142,8 +138,11 @@ def run(
     """
     outcome = Outcome(absent={name: reason for name in frameworks if (reason := missing(name))})
     todo = list(tasks([name for name in frameworks if name not in outcome.absent], device, everything, speed))
+    cores = os.cpu_count() or 1
+    if len(todo) < cores and not speed:  # each precision is compiled apart anyway
+        todo = [replace(task, dtypes=(dtype,)) for task in todo for dtype in task.dtypes]
     parts = {task: Outcome() for task in todo}
-    with ThreadPoolExecutor(1 if speed else os.cpu_count()) as pool:
+    with ThreadPoolExecutor(1 if speed else cores) as pool:
         running = [pool.submit(perform, task, part, progress) for task, part in parts.items()]
         outcome.rows += pool.submit(the_rule, progress).result()
         for done in running:
