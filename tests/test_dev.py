@@ -77,6 +77,16 @@ def test_each_command_adds_what_is_missing(installed: list[str], capsys: pytest.
     assert told[1:] == ["Adding all, dev to .venv", "Adding examples to .venv"]
 
 
+def test_other_constraints_are_another_environment(installed: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """As CONSTRAINTS names them; the same again is the same."""
+    assert dev.CONSTRAINTS == "constraints.txt"
+    dev.setup("torch")
+    monkeypatch.setattr(dev, "CONSTRAINTS", "constraints-oldest.txt")
+    dev.setup("torch")
+    dev.setup("torch")
+    assert installed == [".[torch]"] * 2
+
+
 def test_other_versions_are_another_environment(
     installed: list[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
