@@ -38,7 +38,7 @@ DETECTORS = {
     "forward": (walk._Walk, "_forward"),
     "gradient": (walk._Walk, "_forward"),
     "hyperparameters": (walk._Walk, "_hyper"),
-    "update": (walk._Updates, "check"),
+    "update": (walk.Updates, "check"),
 }
 
 

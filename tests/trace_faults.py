@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import trace_training as training
+from trace_faults_more import more
 
 from ada2ms.core.trace import Trace, Verdict, diff
 
@@ -277,6 +278,7 @@ FAULTS = [
     ),
 ]
 
+FAULTS += more(Fault, adamw, other, Lazy)
 FOLDER = tempfile.TemporaryDirectory()
 
 

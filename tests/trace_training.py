@@ -75,9 +75,9 @@ def batches(
     return [(x[:size] * np.float32(scale), np.roll(y, 1)[:size] if labels_rolled else y[:size]) for x, y in found]
 
 
-def rate(step: int, *, schedule: str = "constant", off: int = 0) -> float:
+def rate(step: int, *, schedule: str = "constant", off: int = 0, epoch: int = 1) -> float:
     """The learning rate of a step, counted from 0."""
-    k = step + off
+    k = step // epoch + off
     return LR if schedule == "constant" else LR * (min(k + 1, 3) / 3 if schedule == "warmup" else 0.9**k)
 
 
@@ -112,6 +112,16 @@ class Torch:
     gradient_noise: float = 0.0
     full: int = 3
     steps: int = STEPS
+    zero: bool = True
+    epoch: int = 1
+    made: Callable[[Any], Any] | None = None  # the optimizer, of the network
+    loss: Callable[[Any, Any, Any], Any] | None = None  # of the network, logits and labels
+    before: Callable[[Any, int], None] | None = None  # what is done to the network's gradients before a step
+    after: Callable[[Any, Any, int], None] | None = None  # what is done to network and optimizer after it
+    start: Callable[[Any], None] | None = None  # what is done to the network before all
+    narrow: str = ""  # a layer that computes in bfloat16
+    told: Callable[[Any], Any] | None = None  # of the labels, what the recorder is told
+    scaler: Callable[[], Any] | None = None
 
 
 def train_torch(path: Path, **options: Any) -> Path:
@@ -122,22 +132,38 @@ def train_torch(path: Path, **options: Any) -> Path:
     o = Torch(**options)
     torch.manual_seed(0)
     net = _network(o)
-    opt = (o.optimizer or (lambda params: torch.optim.AdamW(params, lr=LR, weight_decay=DECAY)))(net.parameters())
+    if o.start is not None:
+        o.start(net)
+    make = o.optimizer or (lambda params: torch.optim.AdamW(params, lr=LR, weight_decay=DECAY))
+    opt = make(net.parameters()) if o.made is None else o.made(net)
+    shares = [group["lr"] / LR for group in opt.param_groups]
+    scaler = None if o.scaler is None else o.scaler()
     with Recorder(path, net, opt, full=o.full, flush=3, **plain_layers(net)) as recorder:
         for i, (x, y) in enumerate(batches(steps=o.steps, **(o.data or {}))):
-            for group in opt.param_groups:
-                group["lr"] = rate(i, schedule=o.schedule, off=o.off)
+            for group, share in zip(opt.param_groups, shares, strict=True):
+                group["lr"] = rate(i, schedule=o.schedule, off=o.off, epoch=o.epoch) * share
                 if o.wrong_from is not None and i >= o.wrong_from[0]:
                     group["lr"] *= o.wrong_from[1]
             if o.reset_at == i:
                 opt.state.clear()
-            opt.zero_grad()
-            _gradients(o, net, recorder, torch.from_numpy(x).to(getattr(torch, o.dtype)), torch.from_numpy(y))
+            if o.zero:
+                opt.zero_grad()
+            xs, ys = torch.from_numpy(x).to(getattr(torch, o.dtype)), torch.from_numpy(y)
+            _gradients(o, net, recorder, xs, ys, scaler)
             if o.skip == i:
                 continue
             if o.clip is not None:
                 torch.nn.utils.clip_grad_norm_(net.parameters(), o.clip)
-            opt.step()
+            if o.before is not None:
+                o.before(net, i)
+            if scaler is None:
+                opt.step()
+            else:
+                scaler.step(opt)
+                scaler.update()
+            if o.after is not None:
+                with torch.no_grad():
+                    o.after(net, opt, i)
             if o.clamp is not None:
                 with torch.no_grad():
                     net[2].weight.clamp_(-o.clamp, o.clamp)
@@ -161,20 +187,29 @@ def _network(o: Torch) -> Any:
     return net.to(getattr(torch, o.dtype))
 
 
-def _gradients(o: Torch, net: Any, recorder: Any, x: Any, y: Any) -> None:
+def _gradients(o: Torch, net: Any, recorder: Any, x: Any, y: Any, scaler: Any) -> None:
     import torch
     from torch.nn import functional
 
-    act = {"tanh": torch.tanh, "relu": torch.relu}[o.activation]
+    act = {
+        "tanh": torch.tanh,
+        "relu": torch.relu,
+        "gelu": functional.gelu,
+        "gelu by tanh": lambda h: functional.gelu(h, approximate="tanh"),
+    }[o.activation]
     for xs, ys in zip(x.chunk(o.accumulate), y.chunk(o.accumulate), strict=True):
-        recorder.batch(xs, ys)
+        recorder.batch(xs, ys if o.told is None else o.told(ys))
         with torch.autocast("cpu", torch.bfloat16) if o.autocast else contextlib.nullcontext():
-            h = act(net[1](net[0](xs)))
+            with torch.autocast("cpu", torch.bfloat16) if o.narrow == "0" else contextlib.nullcontext():
+                h = net[0](xs)
+            h = act(net[1](h.to(xs.dtype)))
             h = functional.dropout(h.detach() if o.detach else h, o.dropout)
             logits = net[3](torch.tanh(net[2](h))).float()
             loss = functional.cross_entropy(logits, ys, reduction=o.reduction, label_smoothing=o.smoothing)
+            loss = loss if o.loss is None else o.loss(net, logits, ys)
         recorder.loss(loss.detach() if o.report is None else o.report(loss.detach()))
-        (loss * o.scale / (1 if o.forget_division else o.accumulate)).backward()
+        loss = loss * o.scale / (1 if o.forget_division else o.accumulate)
+        (loss if scaler is None else scaler.scale(loss)).backward()
     if o.gradient_noise:
         for p in net.parameters():
             p.grad += o.gradient_noise * p.grad.abs().mean() * torch.randn_like(p)
@@ -192,6 +227,7 @@ def train_jax(
     transposed: str = "",
     stop: bool = False,
     steps: int = STEPS,
+    halves: int = 1,
 ) -> Path:
     import jax
     import jax.numpy as jnp
@@ -225,10 +261,11 @@ def train_jax(
             updates, state = opt.update(grads, state, params)
             return optax.apply_updates(params, updates), state, loss
 
-        for x, y in batches(steps=steps, **(data or {})):
-            recorder.batch(x, y)
-            params, state, loss = step(params, state, x, y)
-            recorder.loss(loss)
+        for whole in batches(steps=steps, **(data or {})):
+            for x, y in zip(*(np.split(part, halves) for part in whole), strict=True):
+                recorder.batch(x, y)
+                params, state, loss = step(params, state, x, y)
+                recorder.loss(loss)
     return path
 
 

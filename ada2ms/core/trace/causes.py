@@ -1,15 +1,15 @@
 """From what differs to why: names for common causes of differing values, losses and gradients."""
 
 import math
-from collections.abc import Sequence
 from typing import Final
 
 import numpy as np
 
+from ada2ms.core.trace import sums
 from ada2ms.core.trace.model import Step
 from ada2ms.core.trace.pair import Pair, factor, relative
 from ada2ms.core.trace.sketch import Array
-from ada2ms.core.trace.verdict import Verdict, some
+from ada2ms.core.trace.verdict import STAGES, Verdict, some
 
 _COHERENT: Final = 3.0  # of `Pair.coherence`, above which a difference is no noise
 _NOISY: Final = 0.3  # the largest share of a gradient that arithmetic of 16 bits is held to explain
@@ -66,52 +66,80 @@ def between(pair: Pair, i: int, changed: list[Array]) -> Verdict:
     return Verdict("parted", cause, "value", i + 1, "changed outside", look=look, parameters=names)
 
 
-def loss_and_gradient(pair: Pair, i: int, bad: Array, allowed: float, loss_differs: bool) -> Verdict:
-    """Other losses or gradients from the same values and data."""
+def loss_and_gradient(pair: Pair, i: int, bad: Array, allowed: float, loss_differs: bool) -> list[Verdict]:
+    """Other losses or gradients from the same values and data: all that is seen, the first stage first."""
     gone_a, gone_b = pair.missing(i)
-    if (gone_a != gone_b).any():
-        return _missing(pair, i, gone_a, gone_b)
-    stage = "forward" if loss_differs else "gradient"
+    gone = gone_a != gone_b
     if broken := _not_finite(pair, i):
         who, what = broken
         cause = f"{what} of {who} {'is' if what == 'the loss' else 'are'} not finite"
         look = ["overflow in 16 bits, a division by 0, a logarithm of 0; what the batch of this step holds"]
-        return Verdict("parted", cause, stage, i + 1, "not finite", look=look)
+        stage = "forward" if loss_differs else "gradient"
+        return [Verdict("parted", cause, stage, i + 1, "not finite", look=look)]
+    ga, gb = pair.sketches("gradient", i)
+    zero = bad & ~gone & ((ga[:, 0] == 0) != (gb[:, 0] == 0))
+    found = []
+    if loss_differs or (bad & ~gone & ~zero).any():
+        found.append(_others(pair, i, bad & ~gone & ~zero, ~gone_a & ~gone_b & ~zero, allowed, loss_differs))
+    if zero.any() and not (found and found[0].kind in ("everything", "some gradients", "precision")):
+        found.append(_zeros(pair, i, zero))
+    if gone.any():
+        found.append(missing(pair, i, gone_a, gone_b))
+    return sorted(found, key=lambda verdict: STAGES.index(verdict.stage))
+
+
+def _others(pair: Pair, i: int, bad: Array, use: Array, allowed: float, loss_differs: bool) -> Verdict:
+    """Of the gradients that both runs have, what differs.
+
+    Args:
+        pair: the traces.
+        i: the step.
+        bad: which gradients differ.
+        use: which both have.
+        allowed: how far apart rounding puts gradients.
+        loss_differs: whether losses do, too.
+    """
+    stage = "forward" if loss_differs else "gradient"
     names = [pair.names[k] for k in np.flatnonzero(bad)]
-    if loss_differs and not bad.any():
+    if not bad.any():
         return _only_the_loss(pair, i)
     ga, gb = pair.sketches("gradient", i)
-    c, left = factor(ga[~gone_a], gb[~gone_a])
-    if left <= max(3 * allowed, 1e-6) and abs(c - 1) > max(allowed, 3 * left):
+    c, left = factor(ga[use], gb[use])
+    near = max(3 * allowed, 1e-6)
+    if left <= near and abs(c - 1) > max(allowed, 3 * left):
         return _scaled(pair, i, c, left, loss_differs)
-    zero = [pair.names[k] for k in np.flatnonzero(bad) if (ga[k, 0] == 0) != (gb[k, 0] == 0)]
-    if zero and len(zero) == len(names):
-        side = "A" if ga[pair.names.index(zero[0]), 0] == 0 else "B"
-        cause = f"the gradients of {some(zero)} are 0 in {side} alone"
-        look = ["layers that are frozen, detached or not used", "stop_gradient and detach"]
-        return Verdict("parted", cause, stage, i + 1, "zero gradients", look=look, parameters=zero)
     each = {pair.names[k]: factor(ga[k], gb[k]) for k in np.flatnonzero(bad)}
-    common = {name: c for name, (c, left) in each.items() if left <= max(3 * allowed, 1e-6)}
-    if (
-        len(bad) > len(names)
-        and common
-        and len(common) == len(names)
-        and max(common.values()) < 1.0001 * min(common.values())
-    ):
+    common = {name: c for name, (c, left) in each.items() if left <= near}
+    if len(bad) > len(names) and len(common) == len(names) and max(common.values()) < 1.0001 * min(common.values()):
         c = next(iter(common.values()))
         cause = f"the gradients of {some(names)} are {c:.6g} times those of A; all others agree"
         look = ["parameters that are used twice (tied), or whose gradient is scaled by a layer of its own"]
         return Verdict("parted", cause, stage, i + 1, "factor of some", look=look, parameters=names)
-    return _precision(pair, i, stage, left, allowed, names) or _everything(pair, i, bad, stage, names)
+    found = sums.mixture(pair, i, bad, near, stage) or sums.clipped(pair, i, bad, common, stage, allowed)
+    found = found or sums.tied(pair, i, bad, near, stage)
+    return found or _precision(pair, i, stage, left, allowed, names) or _everything(pair, i, bad, stage, names)
+
+
+def _zeros(pair: Pair, i: int, zero: Array) -> Verdict:
+    names = [pair.names[k] for k in np.flatnonzero(zero)]
+    side = "A" if pair.sketches("gradient", i)[0][np.flatnonzero(zero)[0], 0] == 0 else "B"
+    cause = f"the gradients of {some(names)} are 0 in {side} alone"
+    look = ["layers that are frozen, detached or not used", "stop_gradient and detach"]
+    return Verdict("parted", cause, "gradient", i + 1, "zero gradients", look=look, parameters=names)
 
 
 def _precision(pair: Pair, i: int, stage: str, left: float, allowed: float, names: list[str]) -> Verdict | None:
     """Arithmetic of fewer bits in one run, if that is the matter."""
     look = ["the precision of matrix products (TF32, bfloat16, autocast, mixed_precision)"]
     if pair.seen[0] != pair.seen[1] and left < _NOISY:
-        side = "A" if pair.seen[0] else "B"
-        kind = pair.seen[0] or pair.seen[1]
-        cause = f"{side} computes in {kind}: of that are the numbers that its gradients hold; they differ by {left:.1e}"
+        side = int(not pair.seen[0])
+        held = pair.held[side]
+        matrices = [name for name, k in zip(pair.names, pair.ia, strict=True) if len(pair.a.parameters[k].shape) > 1]
+        where = "" if len(held) == len(matrices) else f" of {some(held)}"
+        cause = (
+            f"{'AB'[side]} computes in {pair.seen[side]}: of that are the numbers that its gradients{where} hold; they "
+            f"differ by {left:.1e}"
+        )
         return Verdict("parted", cause, stage, i + 1, "precision", look=look, parameters=names)
     if not 0 < pair.coherence(i) < _COHERENT:
         return None
@@ -134,7 +162,8 @@ def _not_finite(pair: Pair, i: int) -> tuple[str, str] | None:
     return found[0] if len(found) == 1 else None
 
 
-def _missing(pair: Pair, i: int, gone_a: Array, gone_b: Array) -> Verdict:
+def missing(pair: Pair, i: int, gone_a: Array, gone_b: Array) -> Verdict:
+    """Gradients that only one run has."""
     names = [pair.names[k] for k in np.flatnonzero(gone_a != gone_b)]
     side = "A" if gone_a[pair.names.index(names[0])] else "B"
     cause = f"{some(names)} have no gradient in {side}"
@@ -170,7 +199,10 @@ def _scaled(pair: Pair, i: int, c: float, left: float, loss_differs: bool) -> Ve
     norms = [math.sqrt(float(np.nansum(np.square(s.sketches["gradient"][:, 0])))) for s in (x, y)]
     small, large = (0, 1) if norms[0] < norms[1] else (1, 0)
     if _is_clipped(pair, i, small):
-        cause = f"the gradients of {'AB'[small]} are clipped to the norm {norms[small]:.4g}, those of {'AB'[large]} not"
+        other = f"to {norms[large]:.4g}" if _is_clipped(pair, i, large) else "not"
+        cause = (
+            f"the gradients of {'AB'[small]} are clipped to the norm {norms[small]:.4g}, those of {'AB'[large]} {other}"
+        )
         look = [f"gradient clipping: {'AB'[small]} clips before the optimizer ({norms[large]:.4g} unclipped)"]
         return Verdict("parted", cause, "gradient", i + 1, "clipping", evidence, look=look)
     cause = f"all gradients of B are {c:.6g} times those of A{_factors(c, x, y)}"
@@ -223,52 +255,11 @@ def _everything(pair: Pair, i: int, bad: Array, stage: str, names: list[str]) ->
         )
         return Verdict("parted", cause, stage, i + 1, "everything", look=look, parameters=names)
     order = [pair.names[k] for k in np.flatnonzero(bad)]
+    where = [sentence for k in np.flatnonzero(bad)[:3] if (sentence := sums.place(pair, i, k))]
     good = [pair.names[k] for k in np.flatnonzero(~bad & ~gone)]
     cause = f"the gradients of {some(order)} differ, those of {some(good, 2)} agree"
     look = [f"the layers of {some(order)}, what lies between them and those that agree"]
-    return Verdict("parted", cause, stage, i + 1, "some gradients", look=look, parameters=order)
-
-
-def hyperparameters(pair: Pair, i: int, differing: dict[str, tuple[float, float]], of: dict[str, list[str]]) -> Verdict:
-    """Other hyperparameters at a step: what they are in A and in B, and of which parameters."""
-    pieces, kinds, look = [], [], []
-    for name, (here, there) in differing.items():
-        track = [[_told(s, name) for s in side] for side in zip(*pair.steps, strict=True)]
-        kind, words = _course(track[0], track[1], name)
-        words = words if len(of[name]) == len(pair.names) else ""
-        whose = "" if len(of[name]) == len(pair.names) else f" of {some(of[name])}"
-        pieces.append(words or f"{name}{whose} is {here:.6g} in A and {there:.6g} in B")
-        kinds.append(kind)
-    if any(kind.endswith("shifted") for kind in kinds):
-        look.append("whether the schedule counts from 0 or 1, and whether it moves before or after the step")
-    look.append("the arguments of the optimizers, and the defaults of those that are not given")
-    every = sorted({name for names in of.values() for name in names})
-    return Verdict("parted", "; ".join(pieces), "hyperparameters", i + 1, kinds[0], look=look, parameters=every)
-
-
-def _told(step: Step, name: str) -> float | None:
-    values = [h[name] for h in step.hyper if name in h]
-    return values[0] if values else None
-
-
-def _course(a: Sequence[float | None], b: Sequence[float | None], name: str) -> tuple[str, str]:
-    """How a hyperparameter goes in one run and in the other."""
-    x, y = (np.array([math.nan if v is None else v for v in side]) for side in (a, b))
-    n = len(x)
-    if n > 2 and np.ptp(x) > 0:
-        for k in (1, -1, 2, -2):
-            one, two = (x[k:], y[:-k]) if k > 0 else (x[:k], y[-k:])
-            if len(one) > 1 and np.allclose(one, two, rtol=1e-5, atol=1e-12) and np.ptp(one) > 0:
-                ahead = "A" if k < 0 else "B"
-                return (
-                    f"{name} shifted",
-                    f"{name} of {ahead} is {abs(k)} step{'s' if abs(k) > 1 else ''} ahead (off by {abs(k)})",
-                )
-    with np.errstate(divide="ignore", invalid="ignore"):
-        ratio = y / x
-    if n > 1 and np.all(np.isfinite(ratio)) and np.allclose(ratio, ratio[0], rtol=1e-5) and np.ptp(x) > 0:
-        return f"{name} factor", f"{name} of B is {ratio[0]:.6g} times that of A at every step"
-    return name, ""
+    return Verdict("parted", cause, stage, i + 1, "some gradients", where, look=look, parameters=order)
 
 
 def sizes(pair: Pair, what: str, i: int, bad: Array) -> list[str]:

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from ada2ms.core.dialects import FAMILIES, OWN_HYPER, Dialect, Hyper, base, replay, said, variants
+from ada2ms.core.dialects import DEFAULTS, FAMILIES, OWN_HYPER, Dialect, Hyper, base, replay, said, variants
 from ada2ms.core.trace.model import Parameter, Trace
 from ada2ms.core.trace.sketch import Array, precision
 
@@ -22,6 +22,7 @@ class Series:
     gradients: list[Array | None] = field(default_factory=list)
     updates: list[Array] = field(default_factory=list)
     hyper: list[Hyper] = field(default_factory=list)
+    narrow: bool = False  # whether the framework computes 1 - beta^t in float32
     means: dict[str, list[float]] = field(default_factory=lambda: {"model": [], "tensor": []})
 
 
@@ -39,6 +40,7 @@ class Fit:
         steps: how many there are to compare.
         off: of parameters that it does not explain, by how much; and at which step first, counted from 0.
         free: whether the fit is that of these factors, and not of the learning rates that were recorded.
+        noise: how exactly factors can be told, relatively.
     """
 
     dialect: Dialect
@@ -50,6 +52,7 @@ class Fit:
     free: bool = False
     off: dict[str, float] = field(default_factory=dict)
     first: int = 0
+    noise: float = 0.0
 
     @property
     def fits(self) -> bool:
@@ -59,9 +62,12 @@ class Fit:
 
 def series(trace: Trace) -> list[Series]:
     """The first steps, as far as entries of all of them were recorded; none if the optimizer had begun before."""
-    found = [Series(p) for p in trace.parameters]
+    found = [Series(p, narrow=trace.about.get("framework") in ("jax", "keras")) for p in trace.parameters]
     if trace.about.get("started"):
         return []
+    tensors: dict[str, list[int]] = {}  # of which each parameter is, or is a part
+    for i, p in enumerate(trace.parameters):
+        tensors.setdefault(p.own, []).append(i)
     for step in trace.steps:
         if not step.full or step.skipped:
             break
@@ -80,7 +86,9 @@ def series(trace: Trace) -> list[Series]:
             group = min(each.parameter.group, len(step.hyper) - 1)
             each.hyper.append(step.hyper[group] if step.hyper else {})
             each.means["model"].append(total)
-            each.means["tensor"].append(float(norms[i]) ** 2 / max(each.parameter.size, 1) if there[i] else 0.0)
+            own = tensors[each.parameter.own]
+            mean = float(np.sum(np.square(norms[own]))) / max(float(sizes[own].sum()), 1.0)
+            each.means["tensor"].append(mean if there[i] else 0.0)
     return [each for each in found if each.values]
 
 
@@ -100,7 +108,7 @@ def fit(dialect: Dialect, run: list[Series], *, free: bool = False) -> Fit:
     """
     steps = len(run[0].values)
     directions = [replay(dialect, s.values, s.gradients, s.hyper, s.means[dialect.scope]) for s in run]
-    excess = deviation = 0.0
+    excess = deviation = noise = 0.0
     factors: list[float] = []
     off: dict[str, float] = {}
     first = steps
@@ -112,7 +120,9 @@ def fit(dialect: Dialect, run: list[Series], *, free: bool = False) -> Fit:
         squares = sum(float(p @ p) for _, p in pairs)
         c = sum(float(u @ p) for u, p in pairs) / squares if squares > 0 else 1.0
         factors.append(c)
-        used = c if free or not known else 1.0
+        slack = _correction(dialect, run[0], i)
+        used = c if free or not known else float(np.clip(c, 1 - slack, 1 + slack))
+        noise = max(noise, _noise(run, i))
         for s, (u, p) in zip(run, pairs, strict=True):
             left, norm = float(np.linalg.norm(u - used * p)), float(np.linalg.norm(s.updates[i]))
             tolerance = _SLACK * (
@@ -127,7 +137,26 @@ def fit(dialect: Dialect, run: list[Series], *, free: bool = False) -> Fit:
                 if here > 1:
                     off[s.parameter.name] = max(off.get(s.parameter.name, 0.0), here)
                     first = min(first, i)
-    return Fit(dialect, excess, deviation, float(np.median(factors)), factors, steps, free, off, first)
+    return Fit(dialect, excess, deviation, float(np.median(factors)), factors, steps, free, off, first, noise)
+
+
+def _correction(dialect: Dialect, series: Series, i: int) -> float:
+    """By what factor the bias correction of a framework that computes it in float32 may be off, in step i."""
+    if not series.narrow or dialect.family == "sgd":
+        return 0.0
+    t = i + 1
+    h = {**DEFAULTS, **series.hyper[i], **dict(dialect.changed)}
+    return sum(
+        power * (t + 2) * 2.0**-25 / max(1 - b**t, 2.0**-24) for b, power in ((h["b1"], 1.0), (h["b2"], 0.5)) if b < 1
+    )
+
+
+def _noise(run: list[Series], i: int) -> float:
+    """How exactly a factor of all updates can be told: what rounding values to their type leaves has no direction."""
+    rounded = sum((precision(s.parameter.dtype) * float(np.linalg.norm(s.values[i]))) ** 2 for s in run)
+    moved = sum(float(np.sum(np.square(s.updates[i]))) for s in run)
+    entries = sum(s.updates[i].size for s in run)
+    return _SLACK * math.sqrt(rounded / moved / max(entries, 1)) if moved else math.inf
 
 
 def explain(trace: Trace, *, prefer: Dialect | None = None) -> Fit | None:
@@ -141,10 +170,12 @@ def explain(trace: Trace, *, prefer: Dialect | None = None) -> Fit | None:
         prefer: a dialect to try first, if the optimizer's own is not to be.
     """
     run = series(trace)
-    if not run:
-        return None
+    return explain_run(run, prefer or base(str(trace.about.get("optimizer", "")), run[0].hyper[0])) if run else None
+
+
+def explain_run(run: list[Series], first: Dialect) -> Fit:
+    """As `explain`, of what is recorded of some tensors; `first` is the dialect to try first."""
     hyper = run[0].hyper[0]
-    first = prefer or base(str(trace.about.get("optimizer", "")), hyper)
     found = fit(first, run)
     if found.fits:
         return found
@@ -164,15 +195,6 @@ def explain(trace: Trace, *, prefer: Dialect | None = None) -> Fit | None:
             if tried[-1].fits:
                 return tried[-1]
     return min(tried, key=lambda f: f.excess)
-
-
-def explain_some(trace: Trace, names: list[str], near: Dialect) -> Fit | None:
-    """A dialect of some parameters alone that differs from another in one thing, if there is one."""
-    run = [each for each in series(trace) if each.parameter.name in names]
-    for dialect in variants(near, run[0].hyper[0] if run else {}):
-        if run and (found := fit(dialect, run)).fits:
-            return found
-    return None
 
 
 def _wild(found: Fit) -> bool:

@@ -11,6 +11,7 @@ from ada2ms.core.trace.sketch import Array, distance, precision, resolution
 
 _ULPS = 4.0  # roundings for each term of a sum's root length, and for each layer
 GROWTH: Final = 20.0  # by how much rounding may grow from one step to the next
+_RESIDUE = 1e-4  # of the largest gradient's norm, below which a gradient may be nothing but rounding
 REPEAT: Final = 10.0  # how many times a repeat's differences a port's may be
 
 
@@ -59,6 +60,7 @@ class Pair:
         ia, ib: their places in each.
         steps: pairs of steps, as far as both go.
         seen: the 16-bit type whose numbers the first gradients of a matrix hold in each, though kept in a wider one.
+        held: of which matrices these are, in each.
         yardstick: what rounding explains at the first step.
     """
 
@@ -69,7 +71,8 @@ class Pair:
         self.ia = np.array([a.index[name] for name in self.names], int)
         self.ib = np.array([there[name] for name in self.names], int)
         self.steps: list[tuple[Step, Step]] = list(zip(a.steps, b.steps, strict=False))
-        self.seen = [_arithmetic(t, self.names) for t in (a, b)]
+        found = [_arithmetic(t, self.names) for t in (a, b)]
+        self.seen, self.held = [kind for kind, _ in found], [names for _, names in found]
         self.yardstick = self._yardstick(arithmetic)
 
     def _yardstick(self, arithmetic: str | None) -> Yardstick:
@@ -103,14 +106,14 @@ class Pair:
         if what == "gradient":
             x, y = (np.where(m[:, None], 0.0, s) for m, s in zip(self.missing(i), (x, y), strict=True))
         d, norm = distance(x, y), np.maximum(x[:, 0], y[:, 0])
-        for k, pair in enumerate(self._entries(what, i)):
+        for k, pair in enumerate(self.entries(what, i)):
             if pair is not None:
                 d[k], norm[k] = np.linalg.norm(pair[0] - pair[1]), max(map(float, map(np.linalg.norm, pair)))
         whole = math.sqrt(float(np.sum(np.square(norm))))
         total = math.sqrt(float(np.sum(np.square(d))))
         return d, norm, total / whole if whole > 0 else (0.0 if total == 0 else math.inf)
 
-    def _entries(self, what: str, i: int) -> list[tuple[Array, Array] | None]:
+    def entries(self, what: str, i: int) -> list[tuple[Array, Array] | None]:
         """All entries of each shared parameter at a step, where both runs have them."""
         found: list[tuple[Array, Array] | None] = []
         for name, k in zip(self.names, self.ia, strict=True):
@@ -124,8 +127,7 @@ class Pair:
     def is_exact(self, i: int) -> bool:
         """Whether all entries of all gradients of a step are recorded, so that no sketch has a say."""
         return all(
-            pair is not None or a or b
-            for pair, a, b in zip(self._entries("gradient", i), *self.missing(i), strict=True)
+            pair is not None or a or b for pair, a, b in zip(self.entries("gradient", i), *self.missing(i), strict=True)
         )
 
     def coherence(self, i: int) -> float:
@@ -134,7 +136,7 @@ class Pair:
         Rounding has no direction: about 1. What is computed otherwise has one. 0 where no entries are recorded.
         """
         found = []
-        for pair in self._entries("gradient", i):
+        for pair in self.entries("gradient", i):
             if pair is not None and pair[0].size >= 8:
                 delta, along = pair[1] - pair[0], pair[0]
                 scale = float(np.linalg.norm(delta) * np.linalg.norm(along))
@@ -171,22 +173,28 @@ class Pair:
         return found
 
 
-def _arithmetic(trace: Trace, names: list[str]) -> str:
-    """The 16-bit type of which all entries of some matrix's first gradient are; empty if there is none.
+def _arithmetic(trace: Trace, names: list[str]) -> tuple[str, list[str]]:
+    """The 16-bit type of which all entries of some matrix's first gradient are, and of which; empty if there is none.
 
-    Products of matrices in 16 bits leave such gradients, whatever the parameters are kept in.
+    Products of matrices in 16 bits leave such gradients, whatever the parameters are kept in. So does a sum whose terms
+    cancel, such as the gradient of a key's bias in attention, of a few units of the last place: what is that small
+    beside the model's gradient says nothing.
     """
     gradients = trace.steps[0].full.get("gradient", {}) if trace.steps else {}
+    norms = {name: float(np.linalg.norm(gradients[name])) for name in names if name in gradients}
+    least = _RESIDUE * max(norms.values(), default=0.0)
+    found: dict[str, list[str]] = {}
     for name in names:
-        x = gradients.get(name)
+        x = gradients.get(name) if norms.get(name, 0.0) > least else None
         if x is None or x.ndim < 2 or x.size < 16 or x.dtype != np.float32 or np.count_nonzero(x) < 16:
             continue
         bits = np.ascontiguousarray(x).view(np.uint32)
         if not np.any(bits & 0xFFFF):
-            return "bfloat16"
-        if not np.any(bits & 0x1FFF) and np.abs(x).max() < 65536:
-            return "float16"
-    return ""
+            found.setdefault("bfloat16", []).append(name)
+        elif not np.any(bits & 0x1FFF) and np.abs(x).max() < 65536:
+            found.setdefault("float16", []).append(name)
+    kind = max(found, key=lambda kind: len(found[kind]), default="")
+    return kind, found.get(kind, [])
 
 
 def grain(number: float | None) -> float:

@@ -1,5 +1,6 @@
 """What is said of two traces, or of one: stage, step, cause, evidence, and what to look at."""
 
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any, Final, Literal
 
@@ -23,6 +24,7 @@ class Verdict:
         notes: what differs and does not matter, or could not be compared.
         parameters: those that part.
         kind: the cause in one or two words, for programs.
+        also: what is seen besides and does not follow from the cause: of later stages, in the same step.
     """
 
     outcome: Outcome
@@ -35,6 +37,7 @@ class Verdict:
     look: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     parameters: list[str] = field(default_factory=list)
+    also: list[str] = field(default_factory=list)
 
     @property
     def status(self) -> int:
@@ -49,6 +52,7 @@ class Verdict:
         where = f" at step {self.step}, in the stage {self.stage!r}" if self.stage else ""
         lines = [f"{self.outcome.capitalize()}{where}: {self.cause}"]
         for title, sentences in (
+            ("also", self.also),
             ("evidence", self.evidence),
             ("agrees", self.agrees),
             ("look at", self.look),
@@ -57,6 +61,22 @@ class Verdict:
             for i, sentence in enumerate(sentences):
                 lines.append(f"  {title + ':' if i == 0 else '':10} {sentence}")
         return "\n".join(lines)
+
+
+def joined(found: Sequence[Verdict]) -> Verdict | None:
+    """What is found in one step as one verdict: the first stage's, with the causes of that stage together."""
+    if not found:
+        return None
+    first = found[0]
+    for verdict in found[1:]:
+        if verdict.stage != first.stage:
+            first.also.append(f"in the stage {verdict.stage!r}: {verdict.cause}")
+            continue
+        first.cause += f"; {verdict.cause}"
+        first.evidence += verdict.evidence
+        first.look += [sentence for sentence in verdict.look if sentence not in first.look]
+        first.parameters += [name for name in verdict.parameters if name not in first.parameters]
+    return first
 
 
 def some(names: list[str], most: int = 4) -> str:

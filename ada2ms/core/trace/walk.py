@@ -10,12 +10,13 @@ from collections.abc import Callable
 
 import numpy as np
 
-from ada2ms.core.trace import causes, data
-from ada2ms.core.trace.explain import Fit, explain, explain_some, fit, series, spoken
+from ada2ms.core.trace import causes, data, settings
+from ada2ms.core.trace.explain import spoken
 from ada2ms.core.trace.model import Trace
-from ada2ms.core.trace.pair import GROWTH, REPEAT, Pair, drift, factor, grain, relative
+from ada2ms.core.trace.pair import GROWTH, REPEAT, Pair, drift, grain, relative
 from ada2ms.core.trace.sketch import Array, distance, precision
-from ada2ms.core.trace.verdict import Verdict, some
+from ada2ms.core.trace.updates import Updates
+from ada2ms.core.trace.verdict import STAGES, Verdict, joined
 
 _FLOOR = 4.0  # roundings of the model's whole gradient that one parameter's may differ by, however small it is
 _NOT_TOLD = {"decoupled_weight_decay"}  # shows by the updates, and in words
@@ -34,7 +35,8 @@ class _Walk:
         told = drift(repeat) if repeat is not None and repeat.steps else None
         self.repeat = told if told and max(map(max, (told["gradient"], told["value"]))) > 0 else None
         self.silent_repeat = repeat is not None and self.repeat is None
-        self.updates = _Updates(pair)
+        self.updates = Updates(pair)
+        self.updates.explain()
 
     def unit(self, i: int) -> float:
         """The yardstick, without and with what sketches lose and do not know."""
@@ -55,7 +57,14 @@ class _Walk:
         """The first stage of a step that parts, if any."""
         pair = self.pair
         found = data.compare(pair.steps, i, self.notes) or self._values(i) or self._forward(i) or self._hyper(i)
-        return found or self.updates.check(i, self)
+        return found or self.updates.check(i, self.allowed_update)
+
+    def allowed_update(self, i: int) -> float:
+        """As `allowed`, for updates: an entry whose gradient is nothing but rounding may go the other way."""
+        if self.repeat is not None:
+            return max(4 * math.sqrt(self.unit(i)), REPEAT * max(self.repeat["update"][: i + 1]))
+        before = [u for u in self.course["update"][:i] if math.isfinite(u)]
+        return max(4 * math.sqrt(self.allowed("gradient", i)), GROWTH * max(before, default=0.0))
 
     def _values(self, i: int) -> Verdict | None:
         pair = self.pair
@@ -75,9 +84,11 @@ class _Walk:
                 return verdict
             return None
         changed = [self._changed(i, side) for side in (0, 1)]
-        if changed[0].any() == changed[1].any():
-            return None
-        return causes.between(pair, i, changed)
+        if changed[0].any() and changed[1].any():  # the same change in both is none, another one is
+            d, norm, _ = pair.apart("value", i)
+            apart = d > (self.allowed("value", i - 1) + pair.yardstick.sketch) * norm
+            changed = [each & apart for each in changed]
+        return causes.between(pair, i, changed) if changed[0].any() or changed[1].any() else None
 
     def _changed(self, i: int, side: int) -> Array:
         """Which values are not those before the last step and its update."""
@@ -108,13 +119,33 @@ class _Walk:
         loss_differs = loss > max(self.allowed("loss", i), _FLOOR * max(grain(x.loss), grain(y.loss)))
         if not (loss_differs or bad.any()):
             return None
-        verdict = causes.loss_and_gradient(pair, i, bad, allowed, loss_differs)
+        verdict = joined(causes.loss_and_gradient(pair, i, bad, allowed, loss_differs))
+        assert verdict is not None
         if x.loss is not None and y.loss is not None:
             verdict.evidence.append(f"loss {x.loss:.8g} in A and {y.loss:.8g} in B, {loss:.1e} apart")
         if bad.any():
             verdict.evidence += causes.sizes(pair, "gradient", i, bad)
         verdict.evidence.append(f"rounding explains {allowed:.1e}")
         return verdict
+
+    def besides(self, verdict: Verdict, i: int) -> list[str]:
+        """What is seen in the same step and does not follow from where the runs part.
+
+        Values before the first step do not follow from data, hyperparameters that were told and missing gradients not
+        from what gradients are, and each run's updates are judged by the gradients that it got itself.
+        """
+        later = STAGES[STAGES.index(verdict.stage) + 1 :]
+        found = []
+        if i == 0 and "start" in later and (start := self._values(0)):
+            found.append(start)
+        gone = self.pair.missing(i)
+        if "forward" in later and (gone[0] != gone[1]).any():
+            found.append(causes.missing(self.pair, i, *gone))
+        told = self._hyper(i) if "hyperparameters" in later else None
+        found += [told] if told else []
+        if "update" in later:
+            found += self.updates.beyond(what_was_told=bool(told or verdict.stage == "hyperparameters"))
+        return [f"in the stage {each.stage!r}: {each.cause}" for each in found]
 
     def _share(self, i: int) -> Array:
         d, norm, _ = self.pair.apart("gradient", i)
@@ -126,142 +157,21 @@ class _Walk:
         x, y = pair.steps[i]
         if not x.hyper or not y.hyper:
             return None
-        found: dict[str, tuple[float, float]] = {}
-        of: dict[str, list[str]] = {}
+        found: settings.Differing = {}
         for p, q in zip(pair.ia, pair.ib, strict=True):
             here = x.hyper[min(pair.a.parameters[p].group, len(x.hyper) - 1)]
             there = y.hyper[min(pair.b.parameters[q].group, len(y.hyper) - 1)]
+            parameter = pair.a.parameters[p].name
             for name in here:
-                if name in there and name not in _NOT_TOLD and relative(here[name], there[name]) > 1e-6:
-                    found.setdefault(name, (here[name], there[name]))
-                    of.setdefault(name, []).append(pair.a.parameters[p].name)
-        return causes.hyperparameters(pair, i, found, of) if found else None
-
-
-class _Updates:
-    """The stage of updates: by the catalogue where entries are recorded, else by sketches."""
-
-    def __init__(self, pair: Pair) -> None:
-        self.pair = pair
-        self.fits: tuple[Fit | None, Fit | None] | None = None
-        self.both = False  # whether one dialect explains both
-        self.covered = 0  # by how many steps
-
-    def check(self, i: int, walk: _Walk) -> Verdict | None:
-        pair = self.pair
-        if i == 0:
-            self._explain()
-        if self.both and i < self.covered:
-            return None
-        if i < self.covered and (found := self._unlike(i)):
-            return found
-        d, norm, whole = pair.apart("update", i)
-        if not math.isfinite(whole):
-            return None
-        x, y = pair.sketches("update", i)
-        values = np.maximum(*(v[:, 0] for v in pair.sketches("value", i)))
-        grain = max(precision(p.dtype) for p in pair.a.parameters) * math.sqrt(float(np.nansum(np.square(values))))
-        size = math.sqrt(float(np.sum(np.square(norm))))
-        rounding = 4 * grain / size if size else 0.0
-        before = [u for u in walk.course["update"][:i] if math.isfinite(u)]
-        # An entry whose gradient is nothing but rounding may go the other way with an adaptive optimizer.
-        allowed = max(rounding, 4 * math.sqrt(walk.allowed("gradient", i)), GROWTH * max(before, default=0.0))
-        if walk.repeat is not None:
-            allowed = max(rounding, 4 * math.sqrt(walk.unit(i)), REPEAT * max(walk.repeat["update"][: i + 1]))
-        if whole <= allowed:
-            return None
-        c, left = factor(x, y)
-        names = [pair.names[k] for k in np.flatnonzero(d > allowed * norm)]
-        evidence = [*causes.sizes(pair, "update", i, d > allowed * norm), f"rounding explains {allowed:.1e}"]
-        if left < 0.3 * abs(c - 1) and c > 0:
-            cause = f"from the same gradients the updates of B are {c:.4g} times those of A"
-            look = ["the learning rate as the optimizer sees it", "wrappers that scale updates", *self._told()]
-            return Verdict("parted", cause, "update", i + 1, "factor", evidence, look=look, parameters=names)
-        cause = f"from the same gradients B makes other updates: {some(names)}"
-        look = ["the optimizer and what it keeps: its state after a restart, what wraps it", *self._told()]
-        return Verdict("parted", cause, "update", i + 1, "other updates", evidence, look=look, parameters=names)
-
-    def _explain(self) -> None:
-        pair = self.pair
-        a = explain(pair.a)
-        b = explain(pair.b, prefer=a.dialect if a is not None and a.fits else None)
-        self.fits = a, b
-        if a is None or b is None:
-            return
-        self.covered = min(a.steps, b.steps)
-        self.both = a.fits and b.fits and a.dialect == b.dialect and self._same_rates(a, b)
-        if a.fits and b.fits and a.dialect != b.dialect:  # what explains B may explain A as well
-            again = fit(b.dialect, series(pair.a), free=a.free)
-            self.both = again.fits and self._same_rates(again, b)
-
-    def _same_rates(self, a: Fit, b: Fit) -> bool:
-        rates = (_rates(f, t) for f, t in ((a, self.pair.a), (b, self.pair.b)))
-        return all(relative(x, y) < 1e-4 for x, y in zip(*rates, strict=False))
-
-    def _unlike(self, i: int) -> Verdict | None:
-        """By the catalogue: in what the rules of both differ, if it shows in this step."""
-        a, b = self.fits or (None, None)
-        if a is None or b is None or not (a.fits or b.fits):
-            return None
-        if a.fits and b.fits:
-            if a.dialect != b.dialect:
-                return self._dialects(a, b) if i == 0 else None
-            rates = [_rates(f, t) for f, t in ((a, self.pair.a), (b, self.pair.b))]
-            if relative(rates[0][i], rates[1][i]) < 1e-4:
-                return None
-            cause = f"the learning rate that updates show is {rates[0][i]:.6g} in A and {rates[1][i]:.6g} in B"
-            look = ["the schedule as the optimizer sees it, and wrappers that scale updates"]
-            return Verdict("parted", cause, "update", i + 1, "lr", look=look)
-        known, side, trace = (a, "B", self.pair.b) if a.fits else (b, "A", self.pair.a)
-        odd = fit(known.dialect, series(trace), free=known.free)
-        if odd.fits or i != odd.first:
-            return None
-        names = [p.name for p in trace.parameters if p.name in odd.off]
-        evidence = [
-            f"the other's updates are those of {spoken(known)}, to {known.deviation:.1e}; {side}'s are up to "
-            f"{odd.deviation:.1e} off it, and none of the catalogue's"
-        ]
-        cause = f"the updates of {some(names)} in {side} do not follow from their gradients as the other's do"
-        some_of = len(names) < len(trace.parameters)
-        if some_of and (rest := explain_some(trace, names, known.dialect)) is not None:
-            told = trace.steps[0].hyper[0] if trace.steps[0].hyper else {}
-            differences = known.dialect.differences(rest.dialect, told, told)
-            cause = f"{some(names)} go by another rule in {side}: {'; '.join(differences)}"
-        look = ["masks and groups: which parameters decay, or have a learning rate of their own"] if some_of else []
-        look.append("the optimizer, what it keeps from before, and what wraps it")
-        kind = "some updates" if some_of else "other updates"
-        return Verdict("parted", cause, "update", i + 1, kind, evidence, look=look, parameters=names)
-
-    def _dialects(self, a: Fit, b: Fit) -> Verdict:
-        own = explain(self.pair.b)  # in the words of B's own dialect, unless A's explains it as well
-        b = own if own is not None and own.fits else b
-        told = [s.hyper[0] if s.hyper else {} for s in self.pair.steps[0]]
-        differences = a.dialect.differences(b.dialect, *told)
-        kinds = [name for name in vars(a.dialect) if getattr(a.dialect, name) != getattr(b.dialect, name)]
-        cause = "the optimizers compute other things: " + "; ".join(differences)
-        evidence = [
-            f"{side}'s updates are those of {spoken(f)}, to {f.deviation:.1e}" for side, f in (("A", a), ("B", b))
-        ]
-        other = fit(a.dialect, series(self.pair.b))
-        if not math.isclose(other.deviation, b.deviation):
-            evidence.append(f"B's differ from what A's rule makes of the same gradients by up to {other.deviation:.1e}")
-        look = ["the arguments of the optimizers", "docs of the optimizers: in what their rules differ"]
-        return Verdict("parted", cause, "update", 1, kinds[0] if kinds else "dialect", evidence, look=look)
-
-    def _told(self) -> list[str]:
-        found = []
-        for side, f in zip("AB", self.fits or (None, None), strict=True):
-            if f is not None and not f.fits:
-                found.append(
-                    f"{side}'s updates are none of the catalogue's (nearest: {spoken(f)}, {f.deviation:.1e} off)"
-                )
-        return found
-
-
-def _rates(found: Fit, trace: Trace) -> list[float]:
-    """The learning rate that updates show in each step: the recorded one, if they agree with it."""
-    told = [step.hyper[0].get("lr") if step.hyper else None for step in trace.steps]
-    return [c if lr is None else c * lr if found.free else lr for c, lr in zip(found.factors, told, strict=False)]
+                if name not in there or name in _NOT_TOLD or relative(here[name], there[name]) <= 1e-6:
+                    continue
+                if i < self.updates.covered and self.updates.agree_on(name, parameter):
+                    note = f"{name} was told otherwise in A and in B, but their updates show the same"
+                    self.notes += [note] if note not in self.notes else []
+                    continue
+                groups = pair.a.parameters[p].group, pair.b.parameters[q].group
+                found.setdefault((name, here[name], there[name], groups), []).append(parameter)
+        return settings.hyperparameters(pair, i, found) if found else None
 
 
 def diff(
@@ -305,6 +215,7 @@ def _finished(walk: _Walk, verdict: Verdict, problems: list[str], i: int) -> Ver
     """With what agrees before it, and what was noted on the way."""
     pair, x = walk.pair, walk.course
     if verdict.outcome == "parted":
+        verdict.also += walk.besides(verdict, i)
         if verdict.step > 1:
             verdict.agrees.append(
                 f"steps 1 to {verdict.step - 1}: gradients to {max(x['gradient'][:i], default=0):.1e}, values to "
@@ -351,9 +262,9 @@ def _rounding(walk: _Walk) -> Verdict:
         )
     else:
         evidence.append(f"from step to step no difference has grown more than {GROWTH:g} times")
-    a, _ = walk.updates.fits or (None, None)
-    if walk.updates.both and a is not None:
-        evidence.append(f"the updates of both, in {walk.updates.covered} steps, are those of {spoken(a)}")
+    if walk.updates.both and walk.updates.a is not None:
+        rules = "; of some parameters ".join(spoken(voice.fit) for voice in walk.updates.a.voices)
+        evidence.append(f"the updates of both, in {walk.updates.covered} steps, are those of {rules}")
     if walk.repeat is None and most > _CHAOS:
         cause = f"gradients come {most:.1e} apart by step {n}, by growth from rounding or from something as small"
         look = ["--repeat: a second recording of A with other rounding (threads, or one ulp more) says how far it goes"]

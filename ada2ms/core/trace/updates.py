@@ -1,0 +1,241 @@
+"""The stage of updates: whether each run's follow from its gradients by the same rule.
+
+Where entries are recorded, by the catalogue of dialects, of each parameter; else by how far apart sketches are.
+"""
+
+import math
+from collections.abc import Callable
+
+import numpy as np
+
+from ada2ms.core.dialects import OWN_HYPER
+from ada2ms.core.trace import causes
+from ada2ms.core.trace.explain import Fit, fit, spoken
+from ada2ms.core.trace.pair import Pair, factor
+from ada2ms.core.trace.sketch import precision
+from ada2ms.core.trace.speech import Speech, Voice, alike, odd_rate, speech
+from ada2ms.core.trace.verdict import Verdict, joined, some
+
+_LOOK = ["the arguments of the optimizers", "docs of the optimizers: in what their rules differ"]
+_STRIDE = 0.15  # how near 1 the update of a first step is, in units of lr: norms of updates are estimates
+_MASKS = "masks and groups: which parameters decay, or have a learning rate of their own"
+
+
+class Updates:
+    """The stage of updates, step by step.
+
+    Attributes:
+        pair: the traces.
+        a, b: what each speaks; None without a record.
+        both: whether they speak alike.
+        covered: by how many steps that is known.
+    """
+
+    def __init__(self, pair: Pair) -> None:
+        self.pair = pair
+        self.a: Speech | None = None
+        self.b: Speech | None = None
+        self.both = False
+        self.covered = 0
+        self.odd: list[tuple[Voice, Voice]] = []  # of the same parameters, which differ
+
+    def explain(self) -> None:
+        """Finds what each run speaks."""
+        self.a = speech(self.pair.a)
+        told = [voice.rule() for voice in self.a.voices if voice.fit.fits] if self.a else []
+        plain = [voice.fit.dialect for voice in self.a.voices if voice.fit.fits] if self.a else []
+        self.b = speech(self.pair.b, [*plain, *told])
+        if self.a is None or self.b is None:
+            return
+        self.covered = min(self.a.steps, self.b.steps)
+        groups = [{p.name: p.group for p in t.parameters} for t in (self.pair.a, self.pair.b)]
+        shared: dict[tuple[int, int, int, int], list[str]] = {}
+        for name in self.pair.names:
+            voices = self.a.voices.index(self.a.of(name)), self.b.voices.index(self.b.of(name))
+            shared.setdefault((*voices, groups[0][name], groups[1][name]), []).append(name)
+        for (i, j, _, _), names in shared.items():
+            x, y = self.a.voices[i].only(names), self.b.voices[j].only(names)
+            if not (x.fit.fits and y.fit.fits and alike(x, y)):
+                self._differ(x, y)
+        self.both = not self.odd and self.covered > 0
+
+    def _differ(self, x: Voice, y: Voice) -> None:
+        """Notes that parameters differ, together with those that differ in the same."""
+        for k, (other_x, other_y) in enumerate(self.odd):
+            if all(mine.is_as(theirs) for mine, theirs in ((other_x, x), (other_y, y))):
+                self.odd[k] = other_x.with_(x), other_y.with_(y)
+                return
+        self.odd.append((x, y))
+
+    def check(self, i: int, allowed: Callable[[int], float]) -> Verdict | None:
+        """What parts the updates of a step, if anything.
+
+        Args:
+            i: the step, counted from 0.
+            allowed: how far updates may be apart in a step, relatively, by how far gradients and updates were before.
+        """
+        if self.both and i < self.covered:
+            return None
+        found = [v for x, y in self.odd if (v := self._unlike(x, y, i))] if i < self.covered else []
+        return joined(found) or self._apart(i, allowed(i))
+
+    def beyond(self, what_was_told: bool) -> list[Verdict]:
+        """In what the rules differ in any step that is known.
+
+        Args:
+            what_was_told: whether to leave out what hyperparameters that were told explain.
+        """
+        odd = [(x, y) for x, y in self.odd if not (what_was_told and _is_told(x, y))]
+        every = [v for i in range(self.covered) for x, y in odd if (v := self._unlike(x, y, i))]
+        return every
+
+    def agree_on(self, name: str, parameter: str) -> bool:
+        """Whether the updates of a parameter show that a hyperparameter is equal, whatever was told of it."""
+        if self.a is None or self.b is None or any(parameter in x.names for x, _ in self.odd):
+            return False
+        shown = [v for v in (self.a.of(parameter), self.b.of(parameter)) if v.fit.fits]
+        changed = any(name in dict(v.fit.dialect.changed) or (name == "lr" and v.fit.free) for v in shown)
+        values = [dict(v.rule().changed).get(name) for v in shown]
+        return len(shown) == 2 and changed and (name == "lr" or values[0] == values[1])
+
+    def _unlike(self, x: Voice, y: Voice, i: int) -> Verdict | None:
+        """In what the rules of some parameters differ, if it shows in this step."""
+        if x.fit.fits and y.fit.fits:
+            if x.rule() != y.rule():
+                return self._dialects(x, y) if i == 0 else None
+            if odd_rate(x, y) != i:
+                return None
+            whose = self._whose(x)
+            cause = f"the learning rate that updates{whose} show is {x.rates[i]:.6g} in A and {y.rates[i]:.6g} in B"
+            look = ["the schedule as the optimizer sees it, and wrappers that scale updates", *[_MASKS] * bool(whose)]
+            return Verdict("parted", cause, "update", i + 1, "lr", look=look, parameters=x.names)
+        if not (x.fit.fits or y.fit.fits):
+            return None
+        known, other, side = (x, y, "B") if x.fit.fits else (y, x, "A")
+        odd = fit(known.rule(), other.run, free=known.fit.free)
+        if odd.fits or i != odd.first:
+            return None
+        names = [name for name in other.names if name in odd.off]
+        evidence = [
+            f"the other's updates are those of {spoken(known.fit)}, to {known.fit.deviation:.1e}; {side}'s are up to "
+            f"{odd.deviation:.1e} off it, and none of the catalogue's"
+        ]
+        cause = f"the updates of {some(names)} in {side} do not follow from their gradients as the other's do"
+        some_of = len(names) < len(self.pair.names)
+        look = [*[_MASKS] * some_of, "the optimizer, what it keeps from before, and what wraps it"]
+        kind = "some updates" if some_of else "other updates"
+        return Verdict("parted", cause, "update", i + 1, kind, evidence, look=look, parameters=names)
+
+    def _whose(self, voice: Voice) -> str:
+        return "" if len(voice.names) == len(self.pair.names) else f" of {some(voice.names)}"
+
+    def _dialects(self, x: Voice, y: Voice) -> Verdict:
+        told = x.run[0].hyper[0], y.run[0].hyper[0]
+        differences = x.fit.dialect.differences(y.fit.dialect, *told) or x.rule().differences(y.rule())
+        kinds = [name for name in vars(x.fit.dialect) if getattr(x.fit.dialect, name) != getattr(y.fit.dialect, name)]
+        whose = self._whose(x)
+        said = "; ".join(differences)
+        cause = (
+            f"{some(x.names)} go by another rule in B: {said}"
+            if whose
+            else f"the optimizers compute other things: {said}"
+        )
+        evidence = [
+            f"{side}'s updates{whose} are those of {spoken(v.fit)}, to {v.fit.deviation:.1e}"
+            for side, v in (("A", x), ("B", y))
+        ]
+        other = fit(x.rule(), y.run)
+        if not math.isclose(other.deviation, y.fit.deviation):
+            evidence.append(f"B's differ from what A's rule makes of the same gradients by up to {other.deviation:.1e}")
+        kind = "some updates" if whose else kinds[0] if kinds else "changed"
+        look = [*[_MASKS] * bool(whose), *_LOOK]
+        return Verdict("parted", cause, "update", 1, kind, evidence, look=look, parameters=x.names)
+
+    def _apart(self, i: int, allowed: float) -> Verdict | None:
+        """By how far the updates are apart, where no catalogue tells."""
+        pair = self.pair
+        d, norm, whole = pair.apart("update", i)
+        if not math.isfinite(whole):
+            return None
+        x, y = pair.sketches("update", i)
+        values = np.maximum(*(v[:, 0] for v in pair.sketches("value", i)))
+        grain = max(precision(p.dtype) for p in pair.a.parameters) * math.sqrt(float(np.nansum(np.square(values))))
+        size = math.sqrt(float(np.sum(np.square(norm))))
+        allowed = max(4 * grain / size if size else 0.0, allowed)
+        if whole <= allowed:
+            return None
+        c, left = factor(x, y)
+        names = [pair.names[k] for k in np.flatnonzero(d > allowed * norm)]
+        evidence = [*causes.sizes(pair, "update", i, d > allowed * norm), f"rounding explains {allowed:.1e}"]
+        if lost := self._lost(i):
+            cause = f"the update of {lost} is that of an optimizer's first step: {some(names)}"
+            look = ["whether the optimizer's state was lost: after a restart, or by making the optimizer anew"]
+            return Verdict("parted", cause, "update", i + 1, "other updates", evidence, look=look, parameters=names)
+        if left < 0.3 * abs(c - 1) and c > 0:
+            cause = f"from the same gradients the updates of B are {c:.4g} times those of A"
+            look = ["the learning rate as the optimizer sees it", "wrappers that scale updates", *self._told()]
+            if self._is_recount(i, c):
+                cause += ": what moments leave that are kept where the count of steps begins again at 1"
+                look = ["the count of steps in the optimizer's state, after a restart"]
+            return Verdict("parted", cause, "update", i + 1, "factor", evidence, look=look, parameters=names)
+        cause = f"from the same gradients B makes other updates: {some(names)}"
+        look = ["the optimizer and what it keeps: its state after a restart, what wraps it", *self._told()]
+        return Verdict("parted", cause, "update", i + 1, "other updates", evidence, look=look, parameters=names)
+
+    def _stride(self, i: int, side: int) -> float:
+        """The root mean square of a run's update in units of lr: 1 in Adam's first step; NaN if it is not Adam's."""
+        trace, index = ((self.pair.a, self.pair.ia), (self.pair.b, self.pair.ib))[side]
+        step = self.pair.steps[i][side]
+        moved = whole = 0.0
+        for k in index:
+            p = trace.parameters[k]
+            hyper = step.hyper[min(p.group, len(step.hyper) - 1)] if step.hyper else {}
+            if "b2" not in hyper or "lr" not in hyper or hyper.get("adaptivity", 1.0) != 1.0:
+                return math.nan
+            if not step.missing[k]:
+                moved += float(step.sketches["update"][k, 0]) ** 2
+                whole += hyper["lr"] ** 2 * p.size
+        return math.sqrt(moved / whole) if whole > 0 else math.nan
+
+    def _lost(self, i: int) -> str:
+        """Which run alone makes an optimizer's first step, though it is none; empty if it is not that."""
+        started = [bool(t.about.get("started")) for t in (self.pair.a, self.pair.b)]
+        if i == 0 and started[0] != started[1]:
+            return "AB"[started.index(False)]
+        strides = [self._stride(i, side) for side in (0, 1)]
+        first = [abs(x - 1) < _STRIDE for x in strides]
+        if (i == 0 and not all(started)) or first[0] == first[1]:
+            return ""
+        side = first.index(True)
+        return "AB"[side] if strides[side] > (1 + _STRIDE) * strides[1 - side] else ""
+
+    def _is_recount(self, i: int, c: float) -> bool:
+        """Whether a factor is that of moments that are kept where the count of steps has begun again at 1."""
+        told = self.pair.steps[i][0].hyper[0] if self.pair.steps[i][0].hyper else {}
+        b1, b2 = told.get("b1", 1.0), told.get("b2", 1.0)
+        if not (0 <= b1 < 1 and 0 < b2 < 1):
+            return False
+        goes_on = any(t.about.get("started") for t in (self.pair.a, self.pair.b))
+        t = math.inf if goes_on else i + 1
+        ratio = (1 - b1**t) / (1 - b1) * math.sqrt((1 - b2) / (1 - b2**t))
+        return min(abs(r / ratio - 1) for r in (c, 1 / c)) < (0.02 if goes_on else 0.005)
+
+    def _told(self) -> list[str]:
+        found = []
+        for side, each in zip("AB", (self.a, self.b), strict=True):
+            for voice in each.voices if each is not None else ():
+                if not voice.fit.fits:
+                    f: Fit = voice.fit
+                    nearest = f"nearest: {spoken(f)}, {f.deviation:.1e} off"
+                    found.append(f"{side}'s updates{self._whose(voice)} are none of the catalogue's ({nearest})")
+        return found
+
+
+def _is_told(x: Voice, y: Voice) -> bool:
+    """Whether hyperparameters that were told may explain all that differs."""
+    told = [v.run[0].hyper[0] for v in (x, y)]
+    shared = {*told[0]} & {*told[1]}
+    if any(told[0][name] != told[1][name] for name in shared - {"lr", *OWN_HYPER[x.fit.dialect.family]}):
+        return True  # what the catalogue does not know of
+    same = x.fit.fits and y.fit.fits and x.fit.dialect == y.fit.dialect
+    return same and all("lr" in v.run[0].hyper[0] and not v.fit.free for v in (x, y))
