@@ -142,11 +142,7 @@ def more(fault: Any, adamw: Any, other: Any, lazy: Any) -> list[Any]:
             "a learning rate that falls from layer to layer", "hyperparameters", "lr", {"made": groups(layerwise=0.8)}
         ),
         fault(
-            "decay on biases in B alone",
-            "hyperparameters",
-            "weight_decay",
-            {"made": groups()},
-            base=biases,
+            "decay on biases in B alone", "hyperparameters", "weight_decay", {"made": groups()}, base=biases, quick=True
         ),
         fault(
             "a schedule by epochs of 3 steps",
@@ -169,6 +165,7 @@ def more(fault: Any, adamw: Any, other: Any, lazy: Any) -> list[Any]:
             "hyperparameters",
             "eps",
             {"optimizer": adamw(eps=1e-3, weight_decay=0.1)},
+            quick=True,
         ),
         fault(
             "a loss that is summed, and a frozen bias",
@@ -183,7 +180,13 @@ def more(fault: Any, adamw: Any, other: Any, lazy: Any) -> list[Any]:
             "factor",
             {"scale": 1024.0, "frozen": ("2.dense.bias",)},
         ),
-        fault("clipping, and another learning rate", "gradient", "clipping", {"clip": 0.5, "wrong_from": (0, 0.5)}),
+        fault(
+            "clipping, and another learning rate",
+            "gradient",
+            "clipping",
+            {"clip": 0.5, "wrong_from": (0, 0.5)},
+            quick=True,
+        ),
         fault(
             "weights of another seed, and Adam for AdamW",
             "start",
@@ -197,10 +200,10 @@ def more(fault: Any, adamw: Any, other: Any, lazy: Any) -> list[Any]:
             {"data": {"shift": 1}, "optimizer": adamw(betas=(0.9, 0.99))},
         ),
         fault("the head of another initialisation", "start", "initial values", {"start": other_head}),
-        fault("one layer in bfloat16", "forward", "precision", {"narrow": "0"}),
+        fault("one layer in bfloat16", "forward", "precision", {"narrow": "0"}, quick=True),
         fault("GELU by tanh", "forward", "everything", {"activation": "gelu by tanh"}, base={"activation": "gelu"}),
         fault("weights replaced by their moving average", "value", "changed outside", {"after": averaged}, step=3),
-        fault("the count of steps lost at step 6", "update", "factor", {"after": recounted}, step=6),
+        fault("the count of steps lost at step 6", "update", "factor", {"after": recounted}, step=6, quick=True),
         fault(
             "a GradScaler that leaves out a step",
             "data",

@@ -3,8 +3,9 @@
 from dataclasses import replace
 
 from ada2ms.core.dialects import base
-from ada2ms.core.trace.explain import Fit, series, spoken
+from ada2ms.core.trace.explain import Fit, spoken
 from ada2ms.core.trace.model import Trace
+from ada2ms.core.trace.series import series
 from ada2ms.core.trace.speech import Speech, Voice, speech
 from ada2ms.core.trace.verdict import Verdict, some
 

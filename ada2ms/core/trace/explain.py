@@ -5,25 +5,13 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from ada2ms.core.dialects import DEFAULTS, FAMILIES, OWN_HYPER, Dialect, Hyper, base, replay, said, variants
-from ada2ms.core.trace.model import Parameter, Trace
-from ada2ms.core.trace.sketch import Array, precision
+from ada2ms.core.dialects import DEFAULTS, FAMILIES, OWN_HYPER, Dialect, base, replay, said, variants
+from ada2ms.core.trace.model import Trace
+from ada2ms.core.trace.numbers import decays, searched
+from ada2ms.core.trace.series import Series, series
+from ada2ms.core.trace.sketch import precision
 
-_ENTRIES = 2048  # of each tensor that are looked at
 _SLACK = 4.0  # how many roundings of each kind are allowed for
-
-
-@dataclass
-class Series:
-    """What is recorded of a tensor, entry by entry, for the first steps."""
-
-    parameter: Parameter
-    values: list[Array] = field(default_factory=list)
-    gradients: list[Array | None] = field(default_factory=list)
-    updates: list[Array] = field(default_factory=list)
-    hyper: list[Hyper] = field(default_factory=list)
-    narrow: bool = False  # whether the framework computes 1 - beta^t in float32
-    means: dict[str, list[float]] = field(default_factory=lambda: {"model": [], "tensor": []})
 
 
 @dataclass
@@ -60,44 +48,6 @@ class Fit:
         return self.excess <= 1.0
 
 
-def series(trace: Trace) -> list[Series]:
-    """The first steps, as far as entries of all of them were recorded; none if the optimizer had begun before."""
-    found = [Series(p, narrow=trace.about.get("framework") in ("jax", "keras")) for p in trace.parameters]
-    if trace.about.get("started"):
-        return []
-    tensors: dict[str, list[int]] = {}  # of which each parameter is, or is a part
-    for i, p in enumerate(trace.parameters):
-        tensors.setdefault(p.own, []).append(i)
-    for step in trace.steps:
-        if not step.full or step.skipped:
-            break
-        norms = step.sketches["gradient"][:, 0]
-        sizes = np.array([p.size for p in trace.parameters], np.float64)
-        there = ~step.missing & np.isfinite(norms)
-        total = float(np.sum(np.square(norms[there]))) / max(float(sizes[there].sum()), 1.0)
-        for i, each in enumerate(found):
-            name = each.parameter.name
-            if name not in step.full.get("value", {}) or name not in step.full.get("update", {}):
-                return []
-            each.values.append(_flat(step.full["value"][name]))
-            each.updates.append(_flat(step.full["update"][name]))
-            gradient = step.full.get("gradient", {}).get(name)
-            each.gradients.append(None if gradient is None or step.missing[i] else _flat(gradient))
-            group = min(each.parameter.group, len(step.hyper) - 1)
-            each.hyper.append(step.hyper[group] if step.hyper else {})
-            each.means["model"].append(total)
-            own = tensors[each.parameter.own]
-            mean = float(np.sum(np.square(norms[own]))) / max(float(sizes[own].sum()), 1.0)
-            each.means["tensor"].append(mean if there[i] else 0.0)
-    return [each for each in found if each.values]
-
-
-def _flat(array: Array) -> Array:
-    """As float64, at most so many entries, evenly spread."""
-    x = np.asarray(array, np.float64).reshape(-1)
-    return x if x.size <= _ENTRIES else x[np.arange(_ENTRIES) * x.size // _ENTRIES]
-
-
 def fit(dialect: Dialect, run: list[Series], *, free: bool = False) -> Fit:
     """How well a dialect explains a run.
 
@@ -122,7 +72,7 @@ def fit(dialect: Dialect, run: list[Series], *, free: bool = False) -> Fit:
         factors.append(c)
         slack = _correction(dialect, run[0], i)
         used = c if free or not known else float(np.clip(c, 1 - slack, 1 + slack))
-        noise = max(noise, _noise(run, i))
+        noise = max(noise, _noise(run, i) + slack)
         for s, (u, p) in zip(run, pairs, strict=True):
             left, norm = float(np.linalg.norm(u - used * p)), float(np.linalg.norm(s.updates[i]))
             tolerance = _SLACK * (
@@ -162,8 +112,9 @@ def _noise(run: list[Series], i: int) -> float:
 def explain(trace: Trace, *, prefer: Dialect | None = None) -> Fit | None:
     """The simplest dialect that explains a run; the one that comes nearest if none does; None without a record.
 
-    First the one that the optimizer is said to speak, then those that differ from it in one thing, then in two, and for
-    each whether a factor of the learning rate is the matter.
+    First the one that the optimizer is said to speak, then with another weight decay, then those that differ from it in
+    one thing, and whether a factor of the learning rate is the matter, then any decay rates and epsilons, and at last
+    those that differ in two things.
 
     Args:
         trace: of the run.
@@ -180,6 +131,10 @@ def explain_run(run: list[Series], first: Dialect) -> Fit:
     if found.fits:
         return found
     tried = [found]
+    for dialect in decays(first, run):
+        tried.append(fit(dialect, run))
+        if tried[-1].fits:
+            return tried[-1]
     other = "sgd" if first.family == "adam" else "adam"
     families = [first, Dialect(family=other, decay=first.decay)]
     for free in (False, True):
@@ -188,6 +143,10 @@ def explain_run(run: list[Series], first: Dialect) -> Fit:
                 tried.append(fit(dialect, run, free=free))
                 if tried[-1].fits and not (free and _wild(tried[-1])):
                     return tried[-1]
+    for dialect in searched(first, run, lambda dialect: fit(dialect, run).deviation):
+        tried.append(fit(dialect, run))
+        if tried[-1].fits:
+            return tried[-1]
     near = sorted(tried, key=lambda f: f.excess)[:6]
     for before in near:
         for dialect in variants(before.dialect, hyper):

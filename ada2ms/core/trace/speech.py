@@ -9,11 +9,12 @@ from collections.abc import Collection, Iterable
 from dataclasses import dataclass, replace
 
 from ada2ms.core.dialects import DEFAULTS, OWN_HYPER, Dialect, base
-from ada2ms.core.trace.explain import Fit, Series, explain_run, fit, series
+from ada2ms.core.trace.explain import Fit, explain_run, fit
 from ada2ms.core.trace.model import Trace
 from ada2ms.core.trace.pair import relative
+from ada2ms.core.trace.series import Series, series
 
-_RATE = 1e-4  # relatively, by what learning rates that updates show may differ, if rounding allows that much
+_RATE = 1e-5  # relatively, by what learning rates that updates show may differ, if rounding allows that much
 
 
 @dataclass
