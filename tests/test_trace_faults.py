@@ -26,6 +26,8 @@ def test_a_fault_is_found_where_it_is(fault: Fault) -> None:
         found
     )
     assert found.status == 1
+    assert fault.also in "; ".join(found.also)
+    assert bool(found.also) == bool(fault.also), found
     assert found.look, "it proposes nothing to look at"
     assert (twin.outcome, twin.status, twin.stage) == ("only rounding", 0, ""), twin
     assert "rounding explains" in str(twin)

@@ -36,6 +36,7 @@ class Fault:
         base: of both scripts, but what concerns one framework alone.
         base_a, base_b: of one.
         quick: whether `make test` has it.
+        also: what is said besides.
     """
 
     name: str
@@ -49,6 +50,7 @@ class Fault:
     base_a: dict[str, Any] = field(default_factory=dict)
     base_b: dict[str, Any] = field(default_factory=dict)
     quick: bool = False
+    also: str = ""
 
 
 def adamw(**options: Any) -> Callable[[Any], Any]:
@@ -330,7 +332,7 @@ def table() -> str:
     ]
     for fault in FAULTS:
         found, twin = verdicts(fault)
-        cause = found.cause.replace("|", "\\|")
+        cause = "; also ".join([found.cause, *found.also]).replace("|", "\\|")
         lines.append(
             f"| {fault.a}, {fault.b} | {fault.name} | {found.step} | {found.stage} | {cause} | {twin.outcome} |"
         )

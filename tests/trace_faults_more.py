@@ -124,12 +124,8 @@ SCALER = scaler(2.0**16)
 HYPER = {"lr": LR, "weight_decay": DECAY, "b1": 0.9, "b2": 0.999, "eps": 1e-8}
 
 
-def more(fault: Any, adamw: Any, other: Any, lazy: Any) -> list[Any]:
-    """The faults, by what `trace_faults.py` has for them."""
-    biases = {"made": groups(decay_of_biases=0.0)}
-    untold: dict[str, Any] = {"hyper": None, "optimizer": lazy(optax_groups)}
-    steps = {"optimizer": lazy(optax_steps, 2), "hyper": HYPER, "halves": 2}
-    summed = {"optimizer": lazy(optax_steps, 2, mean=False), "hyper": HYPER, "halves": 2}
+def _of_gradients(fault: Any, adamw: Any, other: Any, lazy: Any) -> list[Any]:
+    """What happens to gradients before the optimizer gets them."""
     return [
         fault("zero_grad forgotten", "gradient", "gradient of before", {"zero": False}, step=2, quick=True),
         fault("a penalty on squares in the loss", "forward", "penalty", {"loss": penalized}),
@@ -137,6 +133,14 @@ def more(fault: Any, adamw: Any, other: Any, lazy: Any) -> list[Any]:
         fault("gradients clipped by value", "gradient", "clipping by value", {"before": by_value}),
         fault("each gradient clipped by its norm", "gradient", "clipping of each", {"before": each_by_norm}),
         fault("gradients with the other sign", "gradient", "factor", {"before": flipped}),
+    ]
+
+
+def _of_groups(fault: Any, adamw: Any, other: Any, lazy: Any) -> list[Any]:
+    """Hyperparameters of some parameters, and schedules."""
+    biases = {"made": groups(decay_of_biases=0.0)}
+    untold: dict[str, Any] = {"hyper": None, "optimizer": lazy(optax_groups)}
+    return [
         fault("the head's learning rate doubled", "hyperparameters", "lr", {"made": groups(2.0)}, quick=True),
         fault(
             "a learning rate that falls from layer to layer", "hyperparameters", "lr", {"made": groups(layerwise=0.8)}
@@ -161,6 +165,29 @@ def more(fault: Any, adamw: Any, other: Any, lazy: Any) -> list[Any]:
             step=2,
         ),
         fault(
+            "the head's learning rate doubled, not told",
+            "update",
+            "lr",
+            {"optimizer": lazy(optax_groups, 2.0)},
+            b="jax",
+            base_b=untold,
+        ),
+        fault(
+            "decay on biases, not told",
+            "update",
+            "some updates",
+            {"optimizer": lazy(optax_groups)},
+            b="jax",
+            base_a=biases,
+            base_b={**untold, "optimizer": lazy(optax_groups, 1.0, 0.0)},
+        ),
+    ]
+
+
+def _two(fault: Any, adamw: Any, other: Any, lazy: Any) -> list[Any]:
+    """Two faults at once."""
+    return [
+        fault(
             "a larger epsilon, and another decay",
             "hyperparameters",
             "eps",
@@ -173,6 +200,7 @@ def more(fault: Any, adamw: Any, other: Any, lazy: Any) -> list[Any]:
             "reduction",
             {"reduction": "sum", "frozen": ("2.dense.bias",)},
             quick=True,
+            also="2.dense.bias have no gradient in B",
         ),
         fault(
             "a loss scale that stays in, and a frozen bias",
@@ -186,19 +214,30 @@ def more(fault: Any, adamw: Any, other: Any, lazy: Any) -> list[Any]:
             "clipping",
             {"clip": 0.5, "wrong_from": (0, 0.5)},
             quick=True,
+            also="lr is 0.01 in A and 0.005 in B",
         ),
         fault(
             "weights of another seed, and Adam for AdamW",
             "start",
             "initial values",
             {"seed": 3, "optimizer": other("Adam", weight_decay=DECAY)},
+            also="coupled (in the gradient)",
         ),
         fault(
             "batches shifted by one, and another beta_2",
             "data",
             "shifted",
             {"data": {"shift": 1}, "optimizer": adamw(betas=(0.9, 0.99))},
+            also="b2 is 0.999 in A and 0.99 in B",
         ),
+    ]
+
+
+def _around(fault: Any, adamw: Any, other: Any, lazy: Any) -> list[Any]:
+    """What happens around the optimizer."""
+    steps = {"optimizer": lazy(optax_steps, 2), "hyper": HYPER, "halves": 2}
+    summed = {"optimizer": lazy(optax_steps, 2, mean=False), "hyper": HYPER, "halves": 2}
+    return [
         fault("the head of another initialisation", "start", "initial values", {"start": other_head}),
         fault("one layer in bfloat16", "forward", "precision", {"narrow": "0"}, quick=True),
         fault("GELU by tanh", "forward", "everything", {"activation": "gelu by tanh"}, base={"activation": "gelu"}),
@@ -221,22 +260,10 @@ def more(fault: Any, adamw: Any, other: Any, lazy: Any) -> list[Any]:
         ),
         fault("an AMSGrad", "hyperparameters", "amsgrad", {"optimizer": adamw(amsgrad=True)}),
         fault("samples accumulated in unequal parts", "forward", "everything", {"accumulate": 3}),
-        fault(
-            "the head's learning rate doubled, not told",
-            "update",
-            "lr",
-            {"optimizer": lazy(optax_groups, 2.0)},
-            b="jax",
-            base_b=untold,
-        ),
-        fault(
-            "decay on biases, not told",
-            "update",
-            "some updates",
-            {"optimizer": lazy(optax_groups)},
-            b="jax",
-            base_a=biases,
-            base_b={**untold, "optimizer": lazy(optax_groups, 1.0, 0.0)},
-        ),
         fault("MultiSteps that sums", "gradient", "factor", summed, b="jax", base_a={"accumulate": 2}, base_b=steps),
     ]
+
+
+def more(fault: Any, adamw: Any, other: Any, lazy: Any) -> list[Any]:
+    """The faults, by what `trace_faults.py` has for them."""
+    return [each for make in (_of_gradients, _of_groups, _two, _around) for each in make(fault, adamw, other, lazy)]

@@ -20,6 +20,7 @@ def judge(trace: Trace) -> Verdict:
     run = series(trace)
     if not run:
         why = "the optimizer had been used before" if trace.about.get("started") else "no entries were recorded"
+        why = why if trace.steps else "it has no steps"
         look = ["record from the first step of a new optimizer, with full=3 or more"]
         return Verdict("cannot tell", f"there is nothing to judge by: {why}", look=look)
     name = str(trace.about.get("optimizer", "the optimizer"))

@@ -1,5 +1,6 @@
 """What a trace is: parameters by neutral names, and steps."""
 
+import json
 import math
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, fields
@@ -115,6 +116,14 @@ class Trace:
             TraceError: it is no trace, of another version, or damaged.
         """
         path = Path(path)
+        try:
+            return cls._read(path)
+        except (KeyError, TypeError, AttributeError, IndexError, json.JSONDecodeError) as error:
+            reason = f"what is written in it is not what a trace has ({type(error).__name__}: {error})"
+            raise TraceError(f"Cannot read {str(path)!r}: {reason}") from error
+
+    @classmethod
+    def _read(cls, path: Path) -> "Trace":
         about: dict[str, Any] | None = None
         steps: list[Step] = []
         complete = False

@@ -66,7 +66,8 @@ class Voice:
     def with_(self, other: "Voice") -> "Voice":
         """Together with other parameters that go by the same rule."""
         run = [*self.run, *other.run]
-        return Voice(fit(self.rule(), run, free=self.fit.free), run)
+        dialect = self.fit.dialect if self.fit.dialect == other.fit.dialect else self.rule()
+        return Voice(fit(dialect, run, free=self.fit.free), run)
 
 
 @dataclass

@@ -5,6 +5,7 @@ Where entries are recorded, by the catalogue of dialects, of each parameter; els
 
 import math
 from collections.abc import Callable
+from dataclasses import replace
 
 import numpy as np
 
@@ -232,10 +233,14 @@ class Updates:
 
 
 def _is_told(x: Voice, y: Voice) -> bool:
-    """Whether hyperparameters that were told may explain all that differs."""
+    """Whether hyperparameters that were told may explain all that differs: A's rule with B's explains B's updates."""
     told = [v.run[0].hyper[0] for v in (x, y)]
-    shared = {*told[0]} & {*told[1]}
-    if any(told[0][name] != told[1][name] for name in shared - {"lr", *OWN_HYPER[x.fit.dialect.family]}):
+    odd = {name for name in {*told[0]} & {*told[1]} if told[0][name] != told[1][name]}
+    known = {name for name in odd if name in OWN_HYPER[x.fit.dialect.family]}
+    if odd - known - {"lr"}:
         return True  # what the catalogue does not know of
-    same = x.fit.fits and y.fit.fits and x.fit.dialect == y.fit.dialect
-    return same and all("lr" in v.run[0].hyper[0] and not v.fit.free for v in (x, y))
+    if not x.fit.fits or "lr" not in told[1]:
+        return False
+    rule = x.rule()
+    theirs = {**dict(rule.changed), **{name: told[1][name] for name in known}}
+    return fit(replace(rule, changed=tuple(sorted(theirs.items()))), y.run).fits

@@ -31,6 +31,8 @@ class _Walk:
     def __init__(self, pair: Pair, repeat: Pair | None) -> None:
         self.pair, self.notes = pair, []  # type: tuple[Pair, list[str]]
         self.course = drift(pair)
+        self.most = {what: _running(values) for what, values in self.course.items()}
+        self.share = np.zeros(len(pair.names))  # of each gradient, the largest relative difference so far
         # A repeat that agrees to the last bit says nothing of how rounding grows.
         told = drift(repeat) if repeat is not None and repeat.steps else None
         self.repeat = told if told and max(map(max, (told["gradient"], told["value"]))) > 0 else None
@@ -48,10 +50,8 @@ class _Walk:
         if self.repeat is not None:
             until = [x for kind in (what, "gradient") for x in self.repeat[kind][: i + 1]]
             return max(self.unit(i), REPEAT * max(until))
-        before = [x for kind in ("value", "gradient", "loss") for x in self.course[kind][:i]]
-        before += [self.course["value"][i]]
-        before = [x for x in before if math.isfinite(x)]
-        return max(self.unit(i), GROWTH * max(before, default=0.0))
+        before = [self.most[kind][i] for kind in ("value", "gradient", "loss")] + [self.most["value"][i + 1]]
+        return max(self.unit(i), GROWTH * max(before))
 
     def step(self, i: int) -> Verdict | None:
         """The first stage of a step that parts, if any."""
@@ -63,8 +63,7 @@ class _Walk:
         """As `allowed`, for updates: an entry whose gradient is nothing but rounding may go the other way."""
         if self.repeat is not None:
             return max(4 * math.sqrt(self.unit(i)), REPEAT * max(self.repeat["update"][: i + 1]))
-        before = [u for u in self.course["update"][:i] if math.isfinite(u)]
-        return max(4 * math.sqrt(self.allowed("gradient", i)), GROWTH * max(before, default=0.0))
+        return max(4 * math.sqrt(self.allowed("gradient", i)), GROWTH * self.most["update"][i])
 
     def _values(self, i: int) -> Verdict | None:
         pair = self.pair
@@ -112,11 +111,13 @@ class _Walk:
         floor = _FLOOR * (pair.yardstick.arithmetic + (0 if pair.is_exact(i) else pair.yardstick.sketch / 8)) * model
         bad = (d > allowed * norm + floor) | ~np.isfinite(d) & (x.skipped == y.skipped)
         if i and not whole > allowed:  # single parameters may wander where the model does not
-            before = np.max([self._share(j) for j in range(i)], axis=0)
-            bad &= d > GROWTH * before * norm + floor
+            bad &= d > GROWTH * self.share * norm + floor
         bad |= gone_a != gone_b
         loss = relative(x.loss, y.loss)
         loss_differs = loss > max(self.allowed("loss", i), _FLOOR * max(grain(x.loss), grain(y.loss)))
+        with np.errstate(divide="ignore", invalid="ignore"):
+            share = np.nan_to_num(np.where(norm > 0, d / norm, 0.0), nan=0.0, posinf=0.0)
+        self.share = np.maximum(self.share, share)
         if not (loss_differs or bad.any()):
             return None
         verdict = joined(causes.loss_and_gradient(pair, i, bad, allowed, loss_differs))
@@ -147,11 +148,6 @@ class _Walk:
             found += self.updates.beyond(what_was_told=bool(told or verdict.stage == "hyperparameters"))
         return [f"in the stage {each.stage!r}: {each.cause}" for each in found]
 
-    def _share(self, i: int) -> Array:
-        d, norm, _ = self.pair.apart("gradient", i)
-        with np.errstate(divide="ignore", invalid="ignore"):
-            return np.nan_to_num(np.where(norm > 0, d / norm, 0.0), nan=0.0, posinf=0.0)
-
     def _hyper(self, i: int) -> Verdict | None:
         pair = self.pair
         x, y = pair.steps[i]
@@ -172,6 +168,14 @@ class _Walk:
                 groups = pair.a.parameters[p].group, pair.b.parameters[q].group
                 found.setdefault((name, here[name], there[name], groups), []).append(parameter)
         return settings.hyperparameters(pair, i, found) if found else None
+
+
+def _running(values: list[float]) -> list[float]:
+    """The largest of the finite values before each, and at last of all; 0 before the first."""
+    found = [0.0]
+    for x in values:
+        found.append(max(found[-1], x) if math.isfinite(x) else found[-1])
+    return found
 
 
 def diff(
