@@ -147,6 +147,15 @@ def test_types(dtype: torch.dtype) -> None:
         assert measured[f"{PREFIX}update_ratios/{i}"] == pytest.approx(real, rel=1e-5 if p.itemsize < 16 else 1e-11)
 
 
+def test_gradients_whose_squares_are_nothing_in_float32() -> None:
+    """Then v is 0, and the update is lr*m_hat/eps."""
+    p = nn.Parameter(torch.ones(5))
+    optimizer = Ada2MS([p], lr=0.5, eps=1e-3)
+    p.grad = torch.full((5,), 1e-30)
+    optimizer.step()
+    assert measure(optimizer, {"p": p}, wait=True)[f"{PREFIX}effective_steps/p"] == pytest.approx(500.0, rel=1e-6)
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_sixteen_bits_are_measured_before_they_are_rounded(dtype: torch.dtype) -> None:
     """As float32 would be that starts from the same values; with a compensation both go on alike."""

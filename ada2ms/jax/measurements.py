@@ -143,7 +143,10 @@ def _options(optimizer: Any) -> Options:
     found = {id(x): x for x in _enclosed(optimizer, {})}
     if len(found) != 1:
         given = "it is not made of ada2ms or scale_by_ada2ms" if not found else f"it is made of {len(found)} of these"
-        raise ValueError(f"Invalid optimizer: {given} (must be one, or a transformation around one, whose state it is)")
+        raise ValueError(
+            f"Invalid optimizer: {given} (must be one, or a transformation around one, whose state it is; and for "
+            "optax.inject_hyperparams, which makes them anew in every step, ada2ms(...) with the same arguments)"
+        )
     return next(iter(found.values()))
 
 

@@ -14,7 +14,7 @@ from ada2ms.torch.coefficients import bias_correction, coefficients
 from ada2ms.torch.groups import named_parameters
 from ada2ms.torch.numbers import known_to_host
 from ada2ms.torch.optimizer import Ada2MS
-from ada2ms.torch.reduce import all_reduced_sum, local, squares
+from ada2ms.torch.reduce import all_reduced_sum, local
 from ada2ms.torch.shared import COMPENSATION, SKIPPED, K, S
 
 Number = float | Tensor  # where it is a tensor, 0-d on the device of the state
@@ -228,7 +228,8 @@ def _sums(p: Tensor, state: dict[str, Any], group: dict[str, Any], hyper: _Group
     decay = hyper.lr * hyper.weight_decay
     update = (step + decay * theta) / (1 - decay)
     m_hat = m / bias_correction(hyper.betas[0], count, m.dtype)
-    found = squares([step, update, theta, m_hat], dtype)
+    # In double precision, since squares of small moments are nothing in float32.
+    found = torch.stack([torch.linalg.vector_norm(x, dtype=dtype) for x in (step, update, theta, m_hat)]).square()
     return torch.where(count > 0, found, 0.0) if isinstance(count, Tensor) else found
 
 
