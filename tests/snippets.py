@@ -224,13 +224,34 @@ def a_trial(space: Namespace) -> None:
     assert space["build"](keras_tuner.HyperParameters()).optimizer.adaptivity == 0.0
 
 
-EXPORT, IMPORT = "export_state(model, optimizer, **plain_layers(model)).save(", "import_state("
+def a_port(space: Namespace) -> None:
+    """The rule in NumPy, as someone's own implementation without groups and clipping."""
+    from ada2ms import core
+
+    class Port:
+        def __init__(self, params: Any, *, lr: Any, b1: float, b2: float, eps: float, weight_decay: float,
+                     adaptivity: Any, scope: Any) -> None:  # fmt: skip
+            hyper = {"b1": b1, "b2": b2, "eps": eps, "weight_decay": weight_decay, "adaptivity": adaptivity}
+            self.params, self.rule = params, core.Ada2MS(params, lr=lr, scope=scope, **hyper)
+
+        def step(self, gradients: Any) -> None:
+            self.rule.step(gradients)
+
+    space["make"] = Port
+
+
+def most_was_checked(space: Namespace) -> None:
+    assert len(space["report"].checked) > len(space["report"].unchecked) > 0
+
+
+EXPORT = "export_state(model, optimizer, **plain_layers(model)).save("
 # By page and a line, or the beginning of one, that one snippet of the page has.
 GIVEN: dict[tuple[str, str], Callable[[Namespace], None]] = {
     ("README.md", EXPORT): in_torch,
     ("README.md", "optimizer = nnx.Optimizer("): in_nnx,
     ("README.md", 'with Recorder("original.trace"'): in_torch,
     ("docs/clipping.md", "optimizer = ada2ms("): with_groups,
+    ("docs/conformance.md", "report = check(make)"): a_port,
     ("docs/global.md", "optimizer = Ada2MS(stage"): stage,
     ("docs/global.md", "optimizer = optax.selective_transform("): frozen,
     ("docs/handoff.md", EXPORT): in_torch,
@@ -250,6 +271,7 @@ GIVEN: dict[tuple[str, str], Callable[[Namespace], None]] = {
 }
 THEN: dict[tuple[str, str], Callable[[Namespace], None]] = {
     ("README.md", "optimizer = nnx.Optimizer("): handed_over,
+    ("docs/conformance.md", "report = check(make)"): most_was_checked,
     ("docs/global.md", "optimizer = optax.selective_transform("): frozen_stays,
     ("docs/handoff.md", "optimizer = nnx.Optimizer(model, ada2ms(**arguments(state))"): handed_over,
     ("docs/handoff.md", 'axes = {"attn.weight"'): attention_is_cut,
