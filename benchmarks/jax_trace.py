@@ -1,6 +1,6 @@
 """What recording costs in JAX: a step of optax.adamw with a Recorder and without, interleaved in one run.
 
-    python benchmarks/jax_trace.py [--rounds 9] [--smoke]
+    python benchmarks/jax_trace.py [--rounds 9] [--cpu-time] [--smoke]
 
 Both are jitted with donated buffers, over a tree of the shapes of gpu.py's transformer of 27 million parameters. The
 median over rounds of milliseconds a step and of what recording adds, in steps of adamw: the whole of it by sketches
@@ -64,8 +64,10 @@ def sketches(gradients: dict[str, Any]) -> Callable[[], Any]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--cpu-time", action="store_true", help="of the process' threads, on a machine that others use")
     parser.add_argument("--smoke", action="store_true", help="tiny model, once: whether it runs")
     options = parser.parse_args()
+    clock = time.process_time if options.cpu_time else time.perf_counter
     shapes = next(iter(SMALL.values())) if options.smoke else transformer(512, 6, 16384)
     on_gpu = jax.default_backend() == "gpu"
     rounds, repeat = (1, 1) if options.smoke else (options.rounds, 20 if on_gpu else 1)
@@ -82,13 +84,13 @@ def main() -> None:
         times: dict[str, list[float]] = {name: [] for name in steps}
         for r in range(4 + rounds):  # entries of three steps are among the warm-up
             for name, step in steps.items():
-                begin = time.perf_counter()
+                begin = clock()
                 for _ in range(repeat):
                     done = step()
                 jax.block_until_ready(done)
                 jax.effects_barrier()
                 if r >= 4:
-                    times[name].append((time.perf_counter() - begin) / repeat)
+                    times[name].append((clock() - begin) / repeat)
         for recorder in recorders:
             recorder.close()
     for name, found in times.items():

@@ -1,6 +1,6 @@
 """What recording costs: a step of torch.optim.AdamW with a Recorder and without, interleaved in one run.
 
-    python benchmarks/torch_trace.py [--device cuda] [--rounds 9] [--dtype float32] [--smoke]
+    python benchmarks/torch_trace.py [--device cuda] [--rounds 9] [--dtype float32] [--cpu-time] [--smoke]
 
 On the transformer of torch_step.py: the median over rounds of milliseconds a step, by implementation, and the median of
 what recording adds, in steps of the same AdamW. Sketches alone, without entries of tensors. A round is a step, on CUDA
@@ -61,8 +61,10 @@ def main() -> None:
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--dtype", default="float32")
+    parser.add_argument("--cpu-time", action="store_true", help="of the process' threads, on a machine that others use")
     parser.add_argument("--smoke", action="store_true", help="tiny model, once: whether it runs")
     options = parser.parse_args()
+    clock = time.process_time if options.cpu_time else time.perf_counter
     shapes = next(iter(SMOKE.values())) if options.smoke else transformer()
     on_cuda = options.device.startswith("cuda")
     rounds, warmup, repeat = (1, 1, 1) if options.smoke else (options.rounds, 2, DEFAULT_FLUSH if on_cuda else 1)
@@ -79,12 +81,12 @@ def main() -> None:
         for r in range(warmup + rounds):
             for key, step in steps.items():
                 wait()
-                start = time.perf_counter()
+                start = clock()
                 for _ in range(repeat):
                     step()
                 wait()
                 if r >= warmup:
-                    times[key].append((time.perf_counter() - start) / repeat)
+                    times[key].append((clock() - start) / repeat)
         plain, traced, reads = times.values()
         added = statistics.median(t / p - 1 for t, p in zip(traced, plain, strict=True))
         ms = [1e3 * statistics.median(found) for found in (plain, traced, reads)]

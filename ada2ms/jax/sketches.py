@@ -13,8 +13,6 @@ from ada2ms.core.trace.sketch import MIXING, SUMS, WIDTH
 
 _LONGEST: Final = 16384  # entries of a row whose products are summed in one dimension
 _SHORT: Final = 1024  # into how many of them longer ones are divided, since one running sum loses too much
-_LARGE: Final = 65536  # entries from which on an array of squares is avoided
-_RUNNING: Final = 4096  # squares for which one running sum is precise enough
 
 
 def sketch(x: Any, parameter: Parameter) -> jax.Array:
@@ -34,26 +32,8 @@ def sketch(x: Any, parameter: Parameter) -> jax.Array:
         order.append(x.ndim)
         x = jnp.stack([x.real, x.imag], -1)
     wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
-    squares = jax.lax.platform_dependent(wide, cpu=_squares_on_cpu, default=_squares)
-    return jnp.concatenate([jnp.sqrt(squares)[None], _signed_sums(wide, order)])
-
-
-def _squares(x: jax.Array) -> jax.Array:
-    return jnp.sum(jnp.square(x))
-
-
-def _squares_on_cpu(x: jax.Array) -> jax.Array:
-    """The same, without an array of squares, of which XLA would have one in memory for each tensor.
-
-    It has none for a reduction to two results: here the squares' sum and the largest of them, which is never more.
-    """
-    if x.ndim < 2 or x.size < _LARGE or not 0 < x.shape[-1] <= _RUNNING:
-        return _squares(x)
-    each, zero = jnp.square(x), jnp.zeros((), x.dtype)
-    both: Any = jax.lax.reduce(
-        (each, each), (zero, zero), lambda a, b: (a[0] + b[0], jnp.maximum(a[1], b[1])), (x.ndim - 1,)
-    )
-    return jnp.maximum(jnp.sum(both[0]), jnp.max(both[1]))
+    norm = jnp.sqrt(jnp.sum(jnp.square(wide)))
+    return jnp.concatenate([norm[None], _signed_sums(wide, order)])
 
 
 def _signed_sums(x: jax.Array, order: Sequence[int]) -> jax.Array:
