@@ -195,6 +195,37 @@ def test_a_device_that_there_is_not() -> None:
     assert row["note"].startswith("torch sees no tpu here, but cpu")
 
 
+@pytest.mark.parametrize("text", ["cpu:x", "", "cuda:", "GPU 1"])
+def test_what_is_no_device(text: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as exited:
+        main(["check", "--device", text])
+    assert exited.value.code == 2
+    assert f"Invalid device: {text!r} (must be a kind, or kind:number, such as cuda:1)" in capsys.readouterr().err
+
+
+def test_a_number_that_no_device_has() -> None:
+    pytest.importorskip("jax")
+    from ada2ms.jax import drive
+
+    assert drive.lacks("cpu", "float64") == drive.lacks("cpu:0", "float32") == ""
+    assert drive.lacks("cpu:99", "float32").startswith("there is no cpu:99: JAX sees ")
+
+
+@pytest.mark.keras
+def test_a_number_that_no_device_of_keras_has() -> None:
+    from ada2ms.tf import drive
+
+    assert drive.lacks("cpu", "float64") == ""
+    if keras_backend() != "torch":  # which has one CPU, by any number
+        assert drive.lacks("cpu:99", "float32").startswith("there is no cpu:99 ")
+
+
+def keras_backend() -> str:
+    import keras
+
+    return str(keras.backend.backend())
+
+
 def test_devices_by_the_words_of_other_frameworks() -> None:
     class Drive:
         @staticmethod

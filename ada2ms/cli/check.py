@@ -11,6 +11,7 @@ variant of the rule; where each operation is dispatched by itself, three of them
 
 import argparse
 import json
+import re
 import sys
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -35,13 +36,22 @@ def add(commands: Any) -> None:
         help="one of them; may be given several times (default: those installed)",
     )
     command.add_argument(
-        "--device", help="only this one, such as cpu, cuda, cuda:1, mps, xpu or tpu (default: all that are there)"
+        "--device",
+        type=device,
+        help="only this one, such as cpu, cuda, cuda:1, mps, xpu or tpu (default: all that are there)",
     )
     command.add_argument("--all", action="store_true", help="every case by every path, which may take many minutes")
     command.add_argument(
         "--speed", action="store_true", help="also a step's time beside the framework's own AdamW, in interleaved turns"
     )
     command.add_argument("--json", action="store_true", help="print JSON instead of the table")
+
+
+def device(text: str) -> str:
+    """A kind of device, and the number of one of them."""
+    if not re.fullmatch(r"[a-z]+(:\d+)?", text):
+        raise argparse.ArgumentTypeError(f"Invalid device: {text!r} (must be a kind, or kind:number, such as cuda:1)")
+    return text
 
 
 def run(arguments: argparse.Namespace) -> int:

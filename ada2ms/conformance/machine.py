@@ -73,7 +73,7 @@ def tasks(frameworks: Sequence[str], device: str | None, everything: bool, speed
 def environment(task: Task) -> dict[str, str]:
     """That of a task's process: Keras' backend, and what lets several processes share the GPU and the cores."""
     found = {
-        "OMP_NUM_THREADS": "1",
+        **({} if task.speed else {"OMP_NUM_THREADS": "1"}),
         "TF_CPP_MIN_LOG_LEVEL": "2",
         "TF_FORCE_GPU_ALLOW_GROWTH": "true",
         "XLA_PYTHON_CLIENT_PREALLOCATE": "false",

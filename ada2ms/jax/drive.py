@@ -68,7 +68,9 @@ def lacks(device: str, dtype: str) -> str:
     """Why a device cannot compute in a dtype; "" if it can."""
     if device.startswith("tpu") and dtype == "float64":
         return "a TPU computes float64 in software, to other roundings"
-    return ""
+    platform, _, index = device.partition(":")
+    there = len(jax.devices(platform))
+    return "" if int(index or 0) < there else f"there is no {device}: JAX sees {there} here"
 
 
 def paths(device: str, few: Collection[str] | None = None) -> list[Path]:

@@ -75,8 +75,19 @@ def devices() -> list[str]:
 
 def lacks(device: str, dtype: str) -> str:
     """Why a device cannot compute in a dtype; "" if it can."""
-    without_float64 = device.startswith(("mps", "tpu")) and dtype == "float64"
-    return f"{device} has no float64" if without_float64 else ""
+    if device.startswith(("mps", "tpu")) and dtype == "float64":
+        return f"{device} has no float64"
+    kind, _, index = device.partition(":")
+    try:
+        with settings(dtype, device):
+            if keras.backend.backend() == "tensorflow":  # which would take another device
+                import tensorflow as tf
+
+                tf.config.list_logical_devices(kind.upper())[int(index or 0)]
+            keras.ops.ones(1)
+    except (RuntimeError, ValueError, IndexError, AssertionError) as error:
+        return f"there is no {device} ({error})".partition("\n")[0]
+    return ""
 
 
 def paths(device: str, few: Collection[str] | None = None) -> list[Path]:
@@ -184,7 +195,7 @@ def compiled_apply(optimizer: Any, variables: list[Any]) -> Callable[[list[Any],
     if keras.backend.backend() == "tensorflow":
         import tensorflow as tf
 
-        compiled: Any = tf.function(lambda gradients, _: optimizer.apply(gradients, variables))
+        compiled: Any = tf.function(lambda gradients, given: optimizer.apply(gradients, variables))
         return compiled  # type: ignore[no-any-return]
     if keras.backend.backend() == "jax":
         import jax
