@@ -27,6 +27,8 @@ def test_example(example: str) -> None:
     accuracy = re.search(r"test accuracy (\d\.\d+)", result.stdout)
     assert accuracy is not None, result.stdout
     assert float(accuracy[1]) > 0.9
+    if example == "jax_train_state":
+        assert "resumed half-way, largest difference 0.0\n" in result.stdout
     if example == "jax_orbax":  # goes on from where it was saved, but for sums in another order on eight devices
         found = re.search(r"onto 8 devices, largest difference (\S+)", result.stdout)
         assert found is not None, result.stdout
