@@ -137,8 +137,13 @@ def torch_steps(params: list[Any], on_gpu: bool) -> dict[str, Step]:
             graph = torch.cuda.CUDAGraph()
             with torch.cuda.graph(graph):
                 optimizer.step()
-            steps[f"{name} fused, CUDA graph"] = graph.replay
+            # The graph writes to the optimizer's state, which must live as long as it.
+            steps[f"{name} fused, CUDA graph"] = partial(replayed, graph, optimizer)
     return steps
+
+
+def replayed(graph: Any, optimizer: Any) -> None:
+    graph.replay()
 
 
 def torch_baseline(name: str) -> str:
