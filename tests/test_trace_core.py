@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 
 from ada2ms.core.trace import Parameter, Step, Trace, TraceError, Writer
+from ada2ms.core.trace.file import Appender
 from ada2ms.core.trace.model import TENSORS, empty_sketches, fingerprint, positions, resolve, sample
 from ada2ms.core.trace.sketch import RESOLUTION, SUMS, WIDTH, axis_signs, distance, resolution, signs, sketch
 
@@ -306,3 +307,21 @@ def test_a_chunk_is_in_the_layout_of_safetensors(tmp_path: Path) -> None:
 def test_the_pieces_of_a_trace_stand_for_themselves() -> None:
     assert replace(PARAMETERS[0], dtype="complex64").size == 12
     assert np.isnan(empty_sketches(2)["value"]).all()
+
+
+def test_what_a_trace_does_not_have_is_refused_though_its_checksums_are_right(tmp_path: Path) -> None:
+    """Such as of a later version that forgot to say so, or of another program."""
+    path = tmp_path / "run.trace"
+    contents: list[dict[str, Any]] = [{"framework": "none"}, {"parameters": [{"name": "a"}]}, {"parameters": 3}]
+    for content in contents:
+        appender = Appender(path)
+        appender.append(content, {})
+        appender.close()
+        with pytest.raises(TraceError, match="what is written in it is not what a trace has"):
+            Trace.load(path)
+    appender = Appender(path)
+    appender.append({"parameters": []}, {})
+    appender.append({"steps": [{"number": 1, "colour": "red"}], "complete": True}, {"missing": np.zeros((1, 0), bool)})
+    appender.close()
+    with pytest.raises(TraceError, match="what is written in it is not what a trace has"):
+        Trace.load(path)

@@ -7,7 +7,7 @@ import pytest
 import trace_faults
 from trace_faults import FAULTS, Fault, verdicts
 
-from ada2ms.core.trace import walk
+from ada2ms.core.trace import causes, data, settings, walk
 
 
 def parameters(faults: list[Fault]) -> list[object]:
@@ -50,6 +50,29 @@ def test_without_its_detector_a_fault_is_not_found(fault: Fault, monkeypatch: py
     monkeypatch.setattr(*DETECTORS[fault.stage], lambda *_: None)
     found, _ = verdicts(fault)
     assert (found.stage, found.kind) != (fault.stage, fault.kind)
+
+
+NAMERS: dict[str, tuple[object, str, object]] = {  # what gives a cause its name, and what says that it is not that
+    "penalty": (causes.sums, "mixture", None),
+    "gradient of before": (causes.sums, "mixture", None),
+    "clipping by value": (causes.sums, "clipped", None),
+    "clipping of each": (causes.sums, "clipped", None),
+    "clipping": (causes, "_is_clipped", False),
+    "precision": (causes, "_precision", None),
+    "transposed": (causes, "_transposed", False),
+    "lr unit": (settings, "_unit", ""),
+    "scaled": (data, "alike", "other"),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("fault", [f for f in FAULTS if f.kind in NAMERS and "keras" not in (f.a, f.b)], ids=str)
+def test_without_what_names_it_a_cause_has_another_name(fault: Fault, monkeypatch: pytest.MonkeyPatch) -> None:
+    module, name, answer = NAMERS[fault.kind]
+    monkeypatch.setattr(module, name, lambda *_: answer)
+    found, _ = verdicts(fault)
+    assert found.outcome == "parted"
+    assert found.kind != fault.kind, found
 
 
 def test_the_faults_are_many_and_of_every_stage_and_direction() -> None:

@@ -2,6 +2,7 @@
 rounding only; and where their parameters are packed in one framework, nothing is left out."""
 
 import copy
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -11,6 +12,7 @@ from trace_faults_more import groups, one_hot
 from trace_models import trace
 
 from ada2ms.core.trace import Trace, diff, judge
+from ada2ms.core.trace.pair import Pair
 
 PORTS = [
     ("torch", "nnx", "vit", "AdamW"),
@@ -88,3 +90,26 @@ def test_each_group_is_judged_by_its_own_hyperparameters() -> None:
     found = judge(a)
     assert (found.outcome, found.step) == ("parted", 1), found
     assert "the updates of 3.dense.kernel, 3.dense.bias are 1.5 of the rule's" in found.cause
+
+
+def test_a_long_trace_is_compared_step_by_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is computed grows with the number of steps, and not with its square; progress is told of each."""
+    a, b = (trace_faults.trace("torch", given) for given in ({}, WITHIN))
+    calls: list[str] = []
+    apart = Pair.apart
+
+    def counted(self: Pair, what: str, i: int) -> Any:
+        calls.append(what)
+        return apart(self, what, i)
+
+    monkeypatch.setattr(Pair, "apart", counted)
+    counts = []
+    for steps in (100, 200):
+        told: list[tuple[int, int]] = []
+        x, y = (replace(t, steps=t.steps[4:5] * steps) for t in (a, b))
+        calls.clear()
+        found = diff(x, y, progress=lambda done, every, told=told: told.append((done, every)))  # type: ignore[misc]
+        assert found.outcome == "only rounding", found
+        assert told == [(i, steps) for i in range(1, steps + 1)]
+        counts.append(len(calls))
+    assert counts[1] <= 2 * counts[0]
