@@ -15,6 +15,7 @@ from ada2ms.core.trace.pair import relative
 from ada2ms.core.trace.series import Series, series
 
 _RATE = 1e-5  # relatively, by what learning rates that updates show may differ, if rounding allows that much
+_ENOUGH = 6  # tensors of which none is explained, until no others are asked
 
 
 @dataclass
@@ -111,15 +112,16 @@ def speech(trace: Trace, prefer: Iterable[Dialect] = ()) -> Speech | None:
     if (whole.fits and not whole.free) or len(run) == 1:
         return Speech([Voice(whole, run)], whole.steps)
     voices = _each(run, firsts)
-    if whole.fits and (len(voices) > 1 or not voices[0].fit.fits):
-        voices = [Voice(whole, run)]
-    if not any(voice.fit.fits for voice in voices):
+    if (whole.fits and (len(voices) != 1 or not voices[0].fit.fits)) or not any(voice.fit.fits for voice in voices):
         voices = [Voice(whole, run)]
     return Speech(voices, whole.steps)
 
 
 def _each(run: list[Series], firsts: list[Dialect]) -> list[Voice]:
-    """Each tensor alone, by dialects that others speak before all others; then those together that speak alike."""
+    """Each tensor alone, by dialects that others speak before all others; then those together that speak alike.
+
+    Empty if nothing explains the largest few.
+    """
     heard = [(dialect, False) for dialect in firsts]
     alone: list[Voice] = []
     for s in sorted(run, key=lambda s: -s.parameter.size):
@@ -129,6 +131,8 @@ def _each(run: list[Series], firsts: list[Dialect]) -> list[Voice]:
             if found.fits:
                 heard.append((found.dialect, found.free))
         alone.append(Voice(found, [s]))
+        if len(alone) == _ENOUGH and not any(voice.fit.fits for voice in alone):
+            return []  # an optimizer that the catalogue does not have
     joined: list[list[Voice]] = []
     for voice in alone:
         place = next((each for each in joined if _together(each[0], voice)), None)
