@@ -4,6 +4,7 @@
     from ada2ms.tf import Ada2MS          keras.optimizers.Optimizer, on every Keras backend; or from ada2ms.keras
     from ada2ms.jax import ada2ms         optax.GradientTransformation
     from ada2ms.core import Ada2MS        NumPy: the specification
+    import ada2ms.timm                    the name "ada2ms" in timm's registry of optimizers
 
 Importing this package loads no framework.
 """
