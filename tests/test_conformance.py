@@ -159,5 +159,6 @@ def test_the_port_to_c(tmp_path: Path) -> None:
     (tmp_path / "wrong.c").write_text(source.replace(line, "(x->p[i] - lr * m_hat / d) * (1 - lr * o->weight_decay)"))
     wrong = run(str(tmp_path / "wrong.c"))
     assert wrong.returncode == 1, wrong.stderr
-    assert "off: basics/decay-large-model, step 1: update 0 is off by" in wrong.stdout
-    assert "as it would be by: L2 in place of decoupled decay; decay after the update" in wrong.stdout
+    assert "off: basics/defaults-model, step 1: update 0 is off by" in wrong.stdout
+    assert "(it is there to tell: decay not scaled by lr; " in wrong.stdout
+    assert "off: 119 cases more, in `wrong`" in wrong.stdout

@@ -47,6 +47,8 @@ class Optimizer(Protocol):
         """One update, given an array for each parameter, or None where it has no gradient in this step."""
 
 
+_SHOWN: Final = 10  # cases that a report tells of
+
 Make = Callable[..., Optimizer]
 
 
@@ -59,7 +61,7 @@ class Report:
         checked: the ids of the cases that were run.
         wrong: for each case that is off, its first deviation; or what it raised.
         unchecked: by case, why it could not be run: what `make` has no argument for.
-        worst: the largest deviation of an update among the cases that are not off.
+        worst: the largest deviation that is within its bound.
     """
 
     dtype: str
@@ -85,7 +87,9 @@ class Report:
             unit = "epsilons" if self.dtype == "float64" else "epsilons a step"
             bound = bound_in_epsilons(self.dtype)
             lines[0] += f"; the worst update is off by {self.worst.epsilons:.2g} {unit} of {bound:.4g}"
-        lines += [line for case, found in self.wrong.items() for line in _told(case, found)]
+        shown = list(self.wrong.items())[:_SHOWN]
+        lines += [line for case, found in shown for line in _told(case, found)]
+        lines += [f"off: {len(self.wrong) - _SHOWN} cases more, in `wrong`"] if len(self.wrong) > _SHOWN else []
         reasons: dict[str, list[str]] = {}
         for case, reason in self.unchecked.items():
             reasons.setdefault(reason, []).append(case)
@@ -97,7 +101,7 @@ def _told(case: str, found: Deviation) -> list[str]:
     """What is off, what the case is, and which mistakes it is there to tell."""
     comment = next(x.comment for x in golden.load() if x.id == case)
     mistakes = "; ".join(variants()["named"].get(case, []))
-    return [f"off: {found}", f"     ({comment})", *([f"     as it would be by: {mistakes}"] if mistakes else [])]
+    return [f"off: {found}", f"     ({comment})", *([f"     (it is there to tell: {mistakes})"] if mistakes else [])]
 
 
 def check(make: Make, *, dtype: str = "float64", cases: Iterable[golden.Case] | None = None) -> Report:
