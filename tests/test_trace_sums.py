@@ -1,0 +1,50 @@
+"""Gradients that are sums and pieces of what is known, in traces that are changed by hand."""
+
+import copy
+from dataclasses import replace
+
+import numpy as np
+import trace_faults
+
+from ada2ms.core.trace import Trace, diff
+from ada2ms.core.trace.sketch import sketch
+
+NAME = "3.dense.kernel"
+
+
+def changed(trace: Trace, gradient: np.ndarray) -> Trace:
+    """With another gradient of one parameter in the first step."""
+    found = copy.deepcopy(trace)
+    found.steps[0].full["gradient"][NAME] = gradient
+    found.steps[0].sketches["gradient"][found.index[NAME]] = sketch(gradient)
+    return found
+
+
+def test_a_parameter_that_is_two_elsewhere_is_named() -> None:
+    """Such as an embedding that is also the head: its gradient is the sum of both, one of them transposed."""
+    a = trace_faults.trace("torch", {})
+    whole = a.steps[0].full["gradient"][NAME]
+    part = np.random.default_rng(0).normal(size=whole.shape).astype(np.float32)
+    b = changed(a, whole - part)
+    b.parameters.append(replace(a.parameters[a.index[NAME]], name="4.head.kernel", own="head", shape=part.T.shape))
+    for step in b.steps:
+        step.sketches = {what: np.concatenate([x, x[-1:]]) for what, x in step.sketches.items()}
+        step.missing = np.append(step.missing, False)
+    b.steps[0].full["gradient"]["4.head.kernel"] = np.ascontiguousarray(part.T)
+    for found, who in ((diff(a, b), "A"), (diff(b, a), "B")):
+        assert (found.stage, found.kind) == ("gradient", "tied"), found
+        other = "B" if who == "A" else "A"
+        sentence = f"the gradient of {NAME} in {who} is the sum of those of {NAME} and 4.head.kernel in {other}"
+        assert found.cause == sentence
+
+
+def test_where_a_difference_is_in_one_row_alone_it_is_said() -> None:
+    """Such as that of an embedding's padding_idx."""
+    a = trace_faults.trace("torch", {})
+    gradient = a.steps[0].full["gradient"][NAME].copy()
+    gradient[5] = 0
+    found = diff(a, changed(a, gradient))
+    assert found.kind == "some gradients", found
+    assert f"in {NAME} the difference is at 5 along axis 0 alone" in found.evidence
+    gradient[:] = np.random.default_rng(1).normal(size=gradient.shape)
+    assert not any("along axis" in sentence for sentence in diff(a, changed(a, gradient)).evidence)
