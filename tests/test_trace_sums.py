@@ -7,6 +7,7 @@ import numpy as np
 import trace_faults
 
 from ada2ms.core.trace import Trace, diff
+from ada2ms.core.trace.pair import Pair
 from ada2ms.core.trace.sketch import sketch
 
 NAME = "3.dense.kernel"
@@ -48,3 +49,12 @@ def test_where_a_difference_is_in_one_row_alone_it_is_said() -> None:
     assert f"in {NAME} the difference is at 5 along axis 0 alone" in found.evidence
     gradient[:] = np.random.default_rng(1).normal(size=gradient.shape)
     assert not any("along axis" in sentence for sentence in diff(a, changed(a, gradient)).evidence)
+
+
+def test_a_gradient_of_nothing_but_rounding_does_not_pass_for_16_bits() -> None:
+    """Such as that of a key's bias in attention: a few units of the last place, of which few bits are set."""
+    a = trace_faults.trace("torch", {})
+    units = np.random.default_rng(2).integers(-8, 9, a.steps[0].full["gradient"][NAME].shape)
+    for scale, name in ((2.0**-30, "float32"), (2.0**-3, "bfloat16")):
+        b = changed(a, (units * scale).astype(np.float32))
+        assert Pair(b, b).yardstick.name == name
