@@ -6,12 +6,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from identify_table import row, rows
 
 import support
 from ada2ms.cli import main
 from ada2ms.cli.subjects import load
 from ada2ms.conformance import CannotRunError, Identification
 from ada2ms.conformance.identification.identify import identify_subject
+from ada2ms.conformance.identification.subject import Subject
 
 Says = dict[str, str]
 
@@ -139,3 +141,26 @@ def test_the_command_line(capsys: pytest.CaptureFixture[str]) -> None:
     assert "unexplained: " in capsys.readouterr().out
     assert main(["identify", "torch.optim:Nothing"]) == 2
     assert "torch.optim has no Nothing" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("address", "settings", "moments", "values"),
+    [
+        ("torch.optim:AdamW", [], "kept in bfloat16", "rounded of what decay leaves by itself, too"),
+        ("ada2ms.torch:Ada2MS", ["compensated=True"], "kept in float32 or wider", "what that loses is kept"),
+        pytest.param("ada2ms.torch:Ada2MS", [], "kept in float32 or wider", "rounded once", marks=pytest.mark.slow),
+        pytest.param("optax:adamw", [], "kept in bfloat16", "rounded once", marks=pytest.mark.slow),
+    ],
+)
+def test_bits_of_moments_and_values_are_seen(address: str, settings: list[str], moments: str, values: str) -> None:
+    subject = load(address, settings)
+    found = identify_subject(Subject(**{**vars(subject), "dtypes": ("float64", "bfloat16")}))
+    check(found, {"bfloat16 moments": moments, "bfloat16 values": values})
+
+
+@pytest.mark.parametrize(
+    "address", ["torch.optim:AdamW", *support.slow("torch.optim:Muon", "optax:amsgrad", "optax:lion")]
+)
+def test_the_table_has_what_is_found(address: str) -> None:
+    """Digits of rounding differ between processors, and are left out."""
+    assert row(address).rpartition("|")[0].rpartition("|")[0] == rows()[address].rpartition("|")[0].rpartition("|")[0]

@@ -8,6 +8,8 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Final
 
+import numpy as np
+
 from ada2ms._extras import require
 from ada2ms.conformance.identification.subject import CannotRunError, Subject
 from ada2ms.core.hyperparameters import NAMES, Framework
@@ -224,9 +226,23 @@ def _torch(name: str, factory: Callable[..., Any], given: dict[str, Any]) -> Sub
     try:
         optimizer = factory([torch.nn.Parameter(torch.zeros(2, 2))], **given)
         told = {key: value for key, value in optimizer.param_groups[0].items() if key != "params"}
+        wide = not _keeps_float32(make([np.ones((2, 2))], "float64"))
     except Exception as error:
         raise CannotRunError(f"{name} raised {type(error).__name__}: {str(error).partition(chr(10))[0]}") from error
-    return Subject(name, make, _told(told), _settable(factory, lr=True))
+    dtypes = Subject.dtypes if wide else Subject.dtypes[1:]
+    return Subject(name, make, _told(told), _settable(factory, lr=True), dtypes)
+
+
+def _keeps_float32(run: Any) -> bool:
+    """Whether an optimizer of torch keeps a state of float32 for parameters of float64, and so computes in it."""
+    import torch
+
+    try:
+        run.step([np.ones((2, 2))])
+    except Exception:  # it is told when the experiments meet it
+        return False
+    states = [x for state in run.optimizer.state.values() for x in state.values()]
+    return any(torch.is_tensor(x) and x.dtype == torch.float32 and x.numel() > 1 for x in states)
 
 
 def _keras(name: str, factory: Callable[..., Any], given: dict[str, Any]) -> Subject:
@@ -236,7 +252,7 @@ def _keras(name: str, factory: Callable[..., Any], given: dict[str, Any]) -> Sub
     from ada2ms.tf.drive import Driven
 
     def make(params: list[Any], dtype: str, **other: float) -> Any:
-        return Driven(lambda: factory(**{**given, **other}), params, dtype=dtype)
+        return Driven(lambda: factory(**{**given, **_arguments(factory, other, "keras")}), params, dtype=dtype)
 
     try:
         optimizer = factory(**given)
@@ -264,9 +280,10 @@ def _optax(name: str, factory: Callable[..., Any], given: dict[str, Any]) -> Sub
 
     def make(params: list[Any], dtype: str, **other: float) -> Any:
         def made(rate: Any) -> Any:
-            return factory(**{**given, **other, **({own: rate} if moves and own else {})})
+            return factory(**{**given, **others, **({own: rate} if moves and own else {})})
 
-        return Driven(made, params, lr=first, dtype=dtype)
+        others = {key: value for key, value in other.items() if key != "lr"}
+        return Driven(made, params, lr=other.get("lr", first), dtype=dtype)
 
     return Subject(name, make, _told(told), _settable(factory, lr=moves))
 

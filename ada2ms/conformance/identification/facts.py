@@ -52,7 +52,24 @@ def facts(subject: Subject, dtype: str) -> list[str]:
         found.append("an entry's update depends on the values of other entries")
     elif np.any(moved[0] > 1e-5 * sizes[0].mean()):
         found.append("an entry's update depends on its value")
-    return found
+    return found + _decay(subject, dtype)
+
+
+def _decay(subject: Subject, dtype: str) -> list[str]:
+    """What a first step with a gradient of 0 does to values: all that moves them there is decay."""
+    hyper = {"weight_decay": 0.1} if "weight_decay" in subject.settable else {}
+    start = np.array([[4.0, -2.0, 1.0, -0.5]])
+    try:
+        run = observe(subject, Experiment([start], [[np.zeros_like(start)]]), dtype, 0.0, **hyper)
+    except CannotRunError:
+        return []
+    taken = -run.updates[0][0] / start
+    given = " with weight_decay=0.1" if hyper else ""
+    if not np.any(np.abs(taken) > 1e-9):
+        return [f"a first gradient of 0 moves nothing{given}"] if hyper else []
+    if np.ptp(taken) < 0.02 * np.max(np.abs(taken)):
+        return [f"decay is decoupled: a first gradient of 0 takes {np.median(taken):.3g} of every value{given}"]
+    return [f"decay is coupled: a first gradient of 0 does not take the same part of every value{given}"]
 
 
 def _run(subject: Subject, dtype: str, params: list[Array], gradients: list[list[Array]]) -> Run:

@@ -13,6 +13,7 @@ from ada2ms.conformance.identification.facts import facts
 from ada2ms.conformance.identification.findings import describe, nearest
 from ada2ms.conformance.identification.fit import Fit, Mode, fit, free_hyper, refine
 from ada2ms.conformance.identification.measure import KINDS, Measured, measure
+from ada2ms.conformance.identification.precision import describe_precision
 from ada2ms.conformance.identification.report import Finding, Identification, spans
 from ada2ms.conformance.identification.run import Run, observe
 from ada2ms.conformance.identification.search import neighbours, rounded, search
@@ -82,6 +83,11 @@ class _Case:
     experiment: Experiment
     notes: list[Finding] = field(default_factory=list)
     unexplained: list[str] = field(default_factory=list)
+
+    @property
+    def relative(self) -> float:
+        """What arithmetic may leave of an update in further experiments."""
+        return max(self.run.relative, COARSE) if self.subject.mixed else self.run.relative
 
 
 def identify_subject(subject: Subject) -> Identification:
@@ -216,10 +222,10 @@ def _deviation(case: _Case) -> float:
 def _validate(case: _Case) -> None:
     """Longer, with gradients as of training, and once more: what was found must explain that, too."""
     subject, found = case.subject, case.found
-    again = observe(subject, case.experiment, case.run.dtype, case.run.relative)
+    again = observe(subject, case.experiment, case.run.dtype, case.relative)
     if any(not np.array_equal(a, b) for a, b in zip(again.last, case.run.last, strict=True)):
         case.unexplained.append("a second run by the same gradients is another")
-    run = observe(subject, experiments.ordinary(), case.run.dtype, case.run.relative)
+    run = observe(subject, experiments.ordinary(), case.run.dtype, case.relative)
     if case.mode == "constant":
         at = run.at([found.hyper.get("lr", 1.0)] * run.steps)
         case.unexplained += _left(fit(found.dialect, found.hyper, at, "fixed"), ", with gradients as of training")
@@ -235,7 +241,7 @@ def _vary_decay(case: _Case) -> None:
     if found.hyper.get("weight_decay") or "weight_decay" not in subject.settable:
         return
     try:
-        run = observe(subject, case.experiment, case.run.dtype, case.run.relative, weight_decay=_PROBE)
+        run = observe(subject, case.experiment, case.run.dtype, case.relative, weight_decay=_PROBE)
     except CannotRunError as reason:
         case.notes.append(Finding("weight decay", f"0; with {_PROBE:g} it cannot run: {reason}"))
         return
@@ -268,7 +274,7 @@ def _vary_rate(case: _Case) -> None:
     )
     experiment = experiments.ordinary(len(experiments.RATES), 2, experiments.RATES)
     try:
-        run = observe(subject, experiment, case.run.dtype, case.run.relative, **probe)
+        run = observe(subject, experiment, case.run.dtype, case.relative, **probe)
     except CannotRunError as reason:
         case.notes.append(Finding("learning rate", f"cannot be set between steps: {reason}"))
         return
@@ -304,14 +310,14 @@ def _scale(now: str, other: str, lr: float) -> float:
 
 
 def _vary_dtype(case: _Case) -> None:
-    """The same in float32."""
-    dtype = "float32"
-    if case.run.dtype == dtype or dtype not in case.subject.dtypes:
-        return
-    try:
-        run = observe(case.subject, case.experiment, dtype, EXACT[dtype])
-    except CannotRunError as reason:
-        case.notes.append(Finding(dtype, f"cannot run: {reason}"))
-        return
-    found = fit(case.found.dialect, case.found.hyper, run.at(case.found.rates), "fixed")
-    case.unexplained += _left(found, ", in float32")
+    """The same in float32, and what parameters of 16 bits do."""
+    for dtype in case.subject.dtypes:
+        try:
+            if dtype == "float32" and case.run.dtype == "float64":
+                run = observe(case.subject, case.experiment, dtype, EXACT[dtype])
+                found = fit(case.found.dialect, case.found.hyper, run.at(case.found.rates), "fixed")
+                case.unexplained += _left(found, ", in float32")
+            elif dtype not in EXACT:
+                case.notes += describe_precision(case.subject, case.found, dtype)
+        except CannotRunError as reason:
+            case.notes.append(Finding(dtype, f"cannot run: {str(reason).removeprefix(case.subject.name + ' ')}"))

@@ -51,7 +51,8 @@ class Run:
         if tensor not in self._flat:
             u = np.stack([x.reshape(-1) for x in self.updates[tensor]])
             x = np.stack([x.reshape(-1) for x in self.values[tensor]])
-            scale = np.maximum(np.abs(u), 0.1 * np.maximum.accumulate(np.abs(u), axis=0))
+            before = 1.0 if self.relative > 1e-6 else 0.1  # float32 keeps what larger updates have left of rounding
+            scale = np.maximum(np.abs(u), before * np.maximum.accumulate(np.abs(u), axis=0))
             tolerance = self.relative * scale + 2 * GRAIN[self.dtype] * (np.abs(x) + np.abs(u)) + 1e-200
             self._flat[tensor] = u, x, scale + tolerance, tolerance
         return self._flat[tensor]

@@ -79,7 +79,7 @@ OWN: Final[dict[str, tuple[str, ...]]] = {  # which features and hyperparameters
     "adam": ("eps", "decay", "bias", "nesterov", "late", "sign", "state", "second", *_COMMON[2:]),
     "sgd": ("decay", "nesterov", "lr_in_momentum", "sign", "average", *_COMMON[2:]),
     "ada2ms": ("decay", "bias", "late", "sign", "state", "scope", *_COMMON[2:]),
-    "rmsprop": ("eps", "bias", "centered", "nesterov", "lr_in_momentum", *_COMMON),
+    "rmsprop": ("eps", "bias", "centered", "nesterov", "lr_in_momentum", "state", *_COMMON),
     "adagrad": ("eps", *_COMMON),
     "adadelta": _COMMON,
     "adamax": ("eps", "bias", "late", *_COMMON),

@@ -63,7 +63,9 @@ def replay(
     for i, (x, gradient, given, mean) in enumerate(zip(values, gradients, hyper, means, strict=True)):
         h = {**DEFAULTS, **given, **dict(dialect.changed)}
         if gradient is None and dialect.missing != "zeros":
-            state.t += dialect.missing == "counted"
+            if dialect.missing == "counted":
+                state.t += 1
+                _momenta(dialect, h, state, state.t + dialect.late)
             if dialect.scope == "model" and mean > 0:
                 _, c = _clipped(dialect, h, zero, None if norms is None else norms[i])
                 _global(h, state, mean * c * c)
@@ -149,14 +151,20 @@ def _looking_ahead(dialect: Dialect, h: Hyper, state: _State, g: Array, count: i
     if not dialect.nesterov:
         return np.asarray(state.m / first)
     if dialect.nesterov in ("schedule", "schedule32"):
-        mu, following = (b1 * (1 - 0.5 * 0.96 ** ((count + i) * h["momentum_decay"])) for i in (0, 1))
-        short = dialect.nesterov == "schedule32"
-        state.product = float(np.float32(state.product) * np.float32(mu)) if short else state.product * mu
+        mu, following = _momenta(dialect, h, state, count)
         return np.asarray(following * state.m / (1 - state.product * following) + (1 - mu) * g / (1 - state.product))
     if dialect.nesterov == "next":
         ahead = bias_correction(b1, count + 1) if dialect.bias in ("both", "first") else 1.0
         return np.asarray(b1 * state.m / ahead + (1 - b1) * g / first)
     return np.asarray((b1 * state.m + (1 - b1) * g) / first)
+
+
+def _momenta(dialect: Dialect, h: Hyper, state: _State, count: int) -> tuple[float, float]:
+    """NAdam: mu of a step and of the next; their product goes on."""
+    mu, following = (h["b1"] * (1 - 0.5 * 0.96 ** ((count + i) * h["momentum_decay"])) for i in (0, 1))
+    short = dialect.nesterov == "schedule32"
+    state.product = float(np.float32(state.product) * np.float32(mu)) if short else state.product * mu
+    return mu, following
 
 
 def _rectified(h: Hyper, count: int, m_hat: Array, d: Array) -> Array:
