@@ -44,8 +44,13 @@ def test_the_cover_tells_every_variant() -> None:
 
 def test_what_a_path_is_asked_for() -> None:
     cover = set(known_variants()["cover"])
-    found = {share: rows.chosen(cases.Path("x", share=share), False) for share in ("all", "cover", "few")}
-    assert list(ALL) == found["all"] == rows.chosen(cases.Path("x", share="few"), True)
+    paths: list[cases.Path] = [cases.Path("x", share=x) for x in ("all", "cover", "once", "few", "none")]
+    found = {path.share: rows.chosen(path, "float64", False) for path in paths}
+    assert all(rows.chosen(path, "float64", True) == list(ALL) for path in paths)
+    assert found["all"] == list(ALL)
+    assert found["once"] == found["few"]
+    assert rows.chosen(paths[2], "float32", False) == found["cover"]
+    assert found["none"] == []
     assert {case.id for case in found["cover"]} == cover
     assert 0 < len(found["few"]) <= rows.FEW
     assert {case.id for case in found["few"]} <= cover
@@ -101,6 +106,8 @@ def test_a_row_of_what_raises_and_of_what_cannot_be_stated() -> None:
 def test_a_row_of_what_cannot_be_had() -> None:
     row = rows.run(Row("torch", "2", "mps", "fused", "float32"), cases.Path("fused", reason="is for cpu"), False)
     assert (row.ran, row.off, row.note) == (False, [], "is for cpu")
+    row = rule_row(share="none")
+    assert (row.ran, row.off, row.note) == (False, [], "takes long; --all runs it")
 
 
 def test_a_captured_step_goes_by_the_buffers_of_its_graph(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -314,7 +321,7 @@ def test_a_wrong_kernel_shows(framework: str, file: str, edit: tuple[str, str], 
     status, found = command(broken(tmp_path, file, edit), "--framework", framework)
     assert status == 1
     for row in found["rows"]:
-        assert bool(row["off"]) is (row["framework"] in off), row
+        assert bool(row["off"]) is (row["cases"] > 0 and row["framework"] in off), row
 
 
 def test_a_process_that_dies_is_off(monkeypatch: pytest.MonkeyPatch) -> None:

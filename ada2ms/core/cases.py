@@ -47,14 +47,14 @@ class Path:
         name: such as "foreach" or "jit".
         replay: runs golden cases that way; None if it cannot be had here.
         reason: why it cannot.
-        share: which cases `ada2ms check` runs by it: "all", "cover", those that together tell every known wrong
-            variant, or "few" of these.
+        share: which cases `ada2ms check` runs by it, if not asked for all: "all"; "cover", those that together tell
+            every known wrong variant; "once", these in float32 and a few of them in float64; "few" or "none" of them.
     """
 
     name: str
     replay: Replay | None = None
     reason: str = ""
-    share: Literal["all", "cover", "few"] = "cover"
+    share: Literal["all", "cover", "once", "few", "none"] = "cover"
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from importlib import import_module
-from typing import Any
+from typing import Any, Literal
 
 import keras
 import numpy as np
@@ -94,9 +94,10 @@ def paths(device: str, few: Collection[str] | None = None) -> list[Path]:
     """The ways of a step on a device: as `fit` compiles it, and operation by operation; torch compiles nothing."""
     if keras.backend.backend() == "torch":
         return [Path("eager", partial(replay, compiled=False))]
+    eager: Literal["few", "none"] = "none" if keras.backend.backend() == "jax" else "few"  # as ada2ms.jax, and slower
     return [
-        Path("as fit compiles it", partial(replay, compiled=True)),
-        Path("op by op", partial(replay, compiled=False), share="few"),
+        Path("as fit compiles it", partial(replay, compiled=True), share="once"),
+        Path("op by op", partial(replay, compiled=False), share=eager),
     ]
 
 
