@@ -122,6 +122,7 @@ def test_a_schedule_is_measured(module: str) -> None:
         ("torch.optim:AdamW", ["bets=3"], "AdamW has no argument 'bets'"),
         ("torch.optim:AdamW", ["lr=-1"], "Invalid learning rate: -1"),
         ("torch.optim:LBFGS", [], "closure"),
+        ("torch.optim:AdamW", ["lr=0.0"], "moves nothing"),
         ("my_optimizers:number", [], "must be a class or a function"),
         ("my_optimizers:wants", [], "wants what: give it by --set what=..."),
     ],

@@ -54,7 +54,10 @@ def load(address: str, settings: Sequence[str] = (), kind: str | None = None) ->
     if not callable(factory):
         raise CannotRunError(f"{address} is {type(factory).__name__} {factory!r:.60} (must be a class or a function)")
     kind = kind or _kind(factory, given)
-    return _MAKERS[kind](name, factory, _arguments(factory, given, kind))
+    try:
+        return _MAKERS[kind](name, factory, _arguments(factory, given, kind))
+    except AttributeError as error:
+        raise CannotRunError(f"{address} is no optimizer of {kind}: {error}") from error
 
 
 def _attribute(address: str) -> Any:

@@ -141,6 +141,8 @@ def _first_run(subject: Subject) -> tuple[Run, Experiment, list[Finding]]:
                 notes.append(Finding("parameters", f"matrices alone: {reasons[-1]}"))
             if dtype != subject.dtypes[0]:
                 notes.append(Finding(subject.dtypes[0], f"cannot run: {reasons[0]}"))
+            if not any(np.any(u) for tensor in run.updates for u in tensor):
+                raise CannotRunError(f"{subject.name} moves nothing, so that nothing shows (is its learning rate 0?)")
             return run, given, notes
     raise reasons[0]
 
