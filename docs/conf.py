@@ -1,7 +1,7 @@
 """Sphinx builds the site from these pages, README.md, CHANGELOG.md and CONTRIBUTING.md: `python dev.py docs`.
 
-The pages are plain Markdown whose links hold in the repository, too. `_read` makes those of them that leave this folder
-links of the site.
+The pages are notebooks, and plain Markdown whose links hold in the repository, too. `_read` makes those of them that
+leave this folder links of the site.
 """
 
 import os
@@ -19,7 +19,8 @@ author = "The Ada2MS project"
 copyright = "the Ada2MS project"  # noqa: A001  # Sphinx' name
 release = ada2ms.__version__
 
-extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "sphinx.ext.mathjax", "sphinx_copybutton"]
+extensions = ["myst_nb", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "sphinx.ext.mathjax", "sphinx_copybutton"]
+nb_execution_mode = "off"  # notebooks have their outputs: `python tests/notebooks.py` writes them
 myst_enable_extensions = ["amsmath", "dollarmath"]
 myst_heading_anchors = 4  # those of GitHub
 suppress_warnings = ["myst.header"]  # the rows of a table of contents may leave out a level
@@ -88,6 +89,8 @@ def on_site(text: str, file: Path, page: Path) -> str:
 
 def _read(app: Sphinx, docname: str, source: list[str]) -> None:
     page = DOCS / f"{docname}.md"
+    if not page.exists():  # a notebook, whose links are to pages
+        return
 
     def included(match: re.Match[str]) -> str:
         file = (page.parent / match[1]).resolve()

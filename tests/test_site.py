@@ -128,7 +128,8 @@ def test_links_within_the_repository_lead_somewhere(page: Path) -> None:
 
 def test_every_page_is_on_the_site_once() -> None:
     """Those that no list has are put where index.md says (others), by docs/conf.py."""
-    names = {str(page.relative_to(ROOT / "docs").with_suffix("")) for page in MARKDOWN if page.parent != ROOT}
+    pages = [*(page for page in MARKDOWN if page.parent != ROOT), *(ROOT / "docs").rglob("*.ipynb")]
+    names = {str(page.relative_to(ROOT / "docs").with_suffix("")) for page in pages}
     listed = [
         f"{page.parent.name}/{entry}" if page.parent.name == "api" else entry
         for page in (ROOT / "docs" / "index.md", ROOT / "docs" / "api" / "index.md")
@@ -169,7 +170,7 @@ def test_broken_links_of_a_built_site_are_found(tmp_path: Path) -> None:
 def test_the_site_is_built_strictly_and_whole(tmp_path: Path) -> None:
     """Each public name is in its inventory; and but for MathJax it loads nothing from elsewhere."""
     pytest.importorskip("sphinx")
-    pytest.importorskip("myst_parser")
+    pytest.importorskip("myst_nb")
     options = ["--fail-on-warning", "--keep-going", "--quiet", "-b", "html", "-d", str(tmp_path / "doctrees")]
     command = [sys.executable, "-m", "sphinx", *options, "docs", str(tmp_path / "site")]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)

@@ -57,18 +57,17 @@ def lacks(device: str, dtype: str) -> str:
 
 
 def paths(device: str, few: Collection[str] | None = None) -> list[Path]:
-    """The ways of a step on a device; one of them, the fused one if there is one, replays all cases."""
+    """The ways of a step on a device."""
     kind = torch.device(device).type
-    fused = _fused(kind)
     found = [
-        Path("for-loop", replay(foreach=False), share="cover" if kind == "cuda" or fused.replay else "all"),
+        Path("for-loop", replay(foreach=False), share="cover" if kind == "cuda" else "all"),
         Path("foreach", replay(foreach=True), share="all" if kind == "cuda" else "cover"),
-        fused,
+        _fused(kind),
         Path("capturable", replay(capturable=True)),
     ]
     if kind == "cuda":
-        captured = replay(capturable=True, fused=fused.replay is not None, made=Captured)
-        found.append(Path("CUDA graph", captured))
+        fused = found[2].replay is not None
+        found.append(Path("CUDA graph", replay(capturable=True, fused=fused, made=Captured)))
     return found
 
 
