@@ -6,8 +6,12 @@ from dataclasses import replace
 import numpy as np
 import trace_faults
 
+from ada2ms.core.dialects import Dialect
 from ada2ms.core.trace import Trace, diff
+from ada2ms.core.trace.explain import fit
+from ada2ms.core.trace.model import Parameter
 from ada2ms.core.trace.pair import Pair
+from ada2ms.core.trace.series import Series
 from ada2ms.core.trace.sketch import sketch
 
 NAME = "3.dense.kernel"
@@ -58,3 +62,19 @@ def test_a_gradient_of_nothing_but_rounding_does_not_pass_for_16_bits() -> None:
     for scale, name in ((2.0**-30, "float32"), (2.0**-3, "bfloat16")):
         b = changed(a, (units * scale).astype(np.float32))
         assert Pair(b, b).yardstick.name == name
+
+
+def test_a_factor_is_told_by_what_is_exact() -> None:
+    """Small updates of large values are rounded too coarsely to say by what factor all updates are off the rule."""
+    rng = np.random.default_rng(0)
+    run = []
+    for name, size, value in (("scale", 8, 1000.0), ("bias", 8, 0.0)):
+        before, gradient = np.full(size, value, np.float32), rng.normal(size=size).astype(np.float32)
+        after = before - np.float32(0.01) * gradient
+        moved = after.astype(np.float64) - before.astype(np.float64)
+        parameter = Parameter(name, name, (size,), "float32")
+        means = {"model": [1.0], "tensor": [1.0]}
+        run.append(Series(parameter, [before], [gradient.astype(np.float64)], [moved], [{"lr": 0.01}], means=means))
+    found = fit(Dialect(family="sgd", changed=(("weight_decay", 0.0), ("momentum", 0.0))), run, free=True)
+    assert found.fits, found
+    assert abs(found.factor - 1) < 1e-6

@@ -67,18 +67,16 @@ def fit(dialect: Dialect, run: list[Series], *, free: bool = False) -> Fit:
         known = all(lr is not None for lr in told)
         rates = [1.0 if lr is None else lr for lr in told]
         pairs = [(s.updates[i] - d[i][1], lr * d[i][0]) for s, d, lr in zip(run, directions, rates, strict=True)]
-        squares = sum(float(p @ p) for _, p in pairs)
-        c = sum(float(u @ p) for u, p in pairs) / squares if squares > 0 else 1.0
+        tolerances = [_tolerance(s, i) for s in run]
+        weights = [t**-2 if t > 0 else 0.0 for t in tolerances]  # what rounding leaves of small updates says little
+        squares = sum(w * float(p @ p) for w, (_, p) in zip(weights, pairs, strict=True))
+        c = sum(w * float(u @ p) for w, (u, p) in zip(weights, pairs, strict=True)) / squares if squares > 0 else 1.0
         factors.append(c)
         slack = _correction(dialect, run[0], i)
         used = c if free or not known else float(np.clip(c, 1 - slack, 1 + slack))
         noise = max(noise, _noise(run, i) + slack)
-        for s, (u, p) in zip(run, pairs, strict=True):
+        for s, (u, p), tolerance in zip(run, pairs, tolerances, strict=True):
             left, norm = float(np.linalg.norm(u - used * p)), float(np.linalg.norm(s.updates[i]))
-            tolerance = _SLACK * (
-                precision(s.parameter.dtype) * float(np.linalg.norm(s.values[i]))
-                + 8 * max(precision(s.parameter.dtype), 2.0**-24 if s.parameter.dtype != "float64" else 0.0) * norm
-            )
             if not math.isfinite(left):
                 return Fit(dialect, math.inf, math.inf, c, factors, steps, free, {s.parameter.name: math.inf}, i)
             if left > 0:
@@ -88,6 +86,14 @@ def fit(dialect: Dialect, run: list[Series], *, free: bool = False) -> Fit:
                     off[s.parameter.name] = max(off.get(s.parameter.name, 0.0), here)
                     first = min(first, i)
     return Fit(dialect, excess, deviation, float(np.median(factors)), factors, steps, free, off, first, noise)
+
+
+def _tolerance(series: Series, i: int) -> float:
+    """What rounding explains of a tensor's update in step i: by its own digits, and by those of the values."""
+    own = precision(series.parameter.dtype)
+    moments = max(own, 2.0**-24 if series.parameter.dtype != "float64" else 0.0)
+    norms = [float(np.linalg.norm(each[i])) for each in (series.values, series.updates)]
+    return _SLACK * (own * norms[0] + 8 * moments * norms[1])
 
 
 def _correction(dialect: Dialect, series: Series, i: int) -> float:
