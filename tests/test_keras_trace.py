@@ -102,6 +102,23 @@ def test_an_optimizer_with_several_counts_is_recorded(tmp_path: Path) -> None:
     assert [step.hyper[0]["adaptivity"] for step in Trace.load(tmp_path / "run").steps] == [1.0, 0.75, 0.5, 0.25]
 
 
+@pytest.mark.parametrize("how", ["clipnorm", "global_clipnorm", "clipvalue"])
+def test_gradients_are_recorded_as_the_optimizer_clips_them(how: str, tmp_path: Path) -> None:
+    """So SGD at a rate of 1 moves by them; and a port that clips before its optimizer has the same gradients."""
+    gradients = {}
+    for bound in (1e-2, 1e6):
+        model = network()
+        model.compile(optimizer=keras.optimizers.SGD(1.0, **{how: bound}), loss="mse", run_eagerly=True)
+        with Recorder(tmp_path / "run", model, **plain_layers(model)) as recorder:
+            model.fit(X[:8], Y[:8], batch_size=8, verbose=0, callbacks=[recorder])
+        found = Trace.load(tmp_path / "run").steps[0].full
+        for name, gradient in found["gradient"].items():
+            assert np.allclose(found["update"][name], -gradient, rtol=1e-3, atol=2e-7)
+        gradients[bound] = found["gradient"]
+    for name, gradient in gradients[1e-2].items():
+        assert np.abs(gradient).max() < np.abs(gradients[1e6][name]).max()
+
+
 def close(actual: Any, expected: Any) -> bool:
     return bool(np.abs(actual - expected).max() <= 2 * resolution("float32") * expected[0])
 

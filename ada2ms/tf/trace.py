@@ -46,8 +46,8 @@ class Recorder(keras.callbacks.Callback):  # type: ignore[misc]
     """Writes a trace of a run while it goes on; a context manager, and a callback for `fit`.
 
     Of every update: loss and batch; hyperparameters; and of each variable sketches of its value, of its gradient as the
-    optimizer got it (as unscaled, before clipping, and the mean of those that it accumulates), and of the update, for
-    the first steps with entries of the arrays themselves. Sketches are made by NumPy.
+    rule gets it (unscaled, the mean of those that it accumulates, and clipped if the optimizer clips), and of the
+    update, for the first steps with entries of the arrays themselves. Sketches are made by NumPy.
 
     As a callback it takes batches and losses from `fit`. In a loop of your own call `batch` and `loss`. Either way the
     steps must run eagerly: `model.compile(..., run_eagerly=True)`; on torch they do.
@@ -164,6 +164,7 @@ class Recorder(keras.callbacks.Callback):  # type: ignore[misc]
                 return self._apply(grads, trainable_variables)
             gradients = {path: None if g is None else g / every for path, g in self._sum.items()}
             self._sum = {}
+        gradients = _clipped(optimizer, gradients)
         before = {path: np.array(_array(v)) for path, v in values.items()}
         self._begin(given)
         hyper = [_hyper(optimizer, group) for group in self._groups]
@@ -207,6 +208,27 @@ def _is_traced(x: Any) -> bool:
     import jax
 
     return isinstance(x, jax.core.Tracer)
+
+
+def _clipped(optimizer: Any, gradients: dict[str, Any]) -> dict[str, Any]:
+    """Gradients as the optimizer clips them before its rule, so that clipping elsewhere before a step is the same."""
+    there = {path: g for path, g in gradients.items() if g is not None}
+    norms = {path: float(np.linalg.norm(g.astype(np.result_type(g, np.float64)))) for path, g in there.items()}
+    if (bound := optimizer.clipnorm or 0.0) > 0:
+        clipped = {path: g * _scale(bound, norms[path]) for path, g in there.items()}
+    elif (bound := optimizer.global_clipnorm or 0.0) > 0:
+        scale = _scale(bound, math.hypot(*norms.values()))
+        clipped = {path: g * scale for path, g in there.items()}
+    elif (bound := optimizer.clipvalue or 0.0) > 0:
+        clipped = {path: np.clip(g, -bound, bound) for path, g in there.items()}
+    else:
+        return gradients
+    return {**gradients, **clipped}
+
+
+def _scale(bound: float, norm: float) -> float:
+    """By what a gradient of this norm is multiplied; of one that is not finite nothing is left, as in Keras."""
+    return bound / norm if norm > bound else 1.0 if norm <= bound else math.nan
 
 
 def _difference(after: Any, before: Any) -> Any:
