@@ -42,7 +42,7 @@ def test_a_transformers_port_differs_by_rounding_only(a: str, b: str, kind: str,
     x, y = trace(a, kind, optimizer), trace(b, kind, optimizer)
     check(x, y)
     assert judge(x).status == judge(y).status == 0
-    assert "3.attention.query.kernel" in x.index or "blocks.0.attention.query.kernel" in x.index
+    assert any(name.endswith("attention.query.kernel") for name in x.index)
 
 
 @pytest.mark.slow

@@ -75,7 +75,7 @@ def train_nnx(kind: str, path: Path, optimizer: str, steps: int, dtype: str, see
         "Ada2MS": lambda: ada2ms(LR, weight_decay=DECAY),
         "Ada2MS at 1": lambda: ada2ms(LR, weight_decay=DECAY, adaptivity=1.0),
     }[optimizer]
-    hyper = {"lr": LR, "weight_decay": DECAY}
+    hyper = {"lr": LR, "weight_decay": DECAY, **({"adaptivity": 1.0} if optimizer == "Ada2MS at 1" else {})}
     called = "optax.adamw" if optimizer == "AdamW" else "ada2ms.jax.ada2ms"
     params = nnx.state(trainer.model, nnx.Param)
     with Recorder(path, params, hyper=hyper, optimizer=called, **trainer.mappings) as recorder:
@@ -106,7 +106,11 @@ def train_keras(kind: str, path: Path, optimizer: str, steps: int, dtype: str, s
     trainer = on_keras.Trainer(kind, dtype, state)
     trainer.import_state(state)
     options = {"adaptivity": 1.0} if optimizer == "Ada2MS at 1" else {}
-    own = Ada2MS(LR, weight_decay=DECAY, **options)
+    own = (
+        keras.optimizers.AdamW(LR, weight_decay=DECAY, epsilon=1e-8)
+        if optimizer == "AdamW"
+        else Ada2MS(LR, weight_decay=DECAY, **options)
+    )
     loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
     trainer.model.compile(own, loss, run_eagerly=True)
     x, y = (np.concatenate(arrays) for arrays in zip(*batches(kind, dtype, range(steps)), strict=True))
