@@ -1,5 +1,6 @@
 """What no layout holds exactly is refused with the reason, before anything changes."""
 
+import importlib
 from collections.abc import Callable
 from typing import Any
 
@@ -9,8 +10,10 @@ from handoff_attention import keras_attention, torch_attention
 from handoff_making import WIDTH, Row, forward, keras_model, vectors
 from handoff_models import EXACT, Twin, in_mid_run
 from handoff_recurrent import keras_recurrent, nnx_recurrent, torch_recurrent
+from handoff_support import marked
 
 from ada2ms.core import State, StateError
+from ada2ms.core.hyperparameters import Framework
 
 Array = Any
 
@@ -212,3 +215,11 @@ def test_a_gru_of_flax_has_one_bias() -> None:
     assert_refused(
         state, twin("jax", lambda: nnx_recurrent("GRUCell")), "biases: of '0.gru.n.bias' two in the state, one here"
     )
+
+
+@pytest.mark.parametrize("framework", [marked(name) for name in ("torch", "keras", "optax")])
+@pytest.mark.parametrize("model", [{"w": np.zeros(2)}, [np.zeros(2)], None], ids=["dictionary", "list", "None"])
+def test_plain_layers_of_what_is_no_model(framework: Framework, model: Any) -> None:
+    backend = {"torch": "torch", "keras": "tf", "optax": "jax"}[framework]
+    with pytest.raises(TypeError, match=f"Invalid model: {type(model).__name__} .must be a "):
+        importlib.import_module(f"ada2ms.{backend}").plain_layers(model)

@@ -77,6 +77,7 @@ def plain_layers(model: Any, *, names: LayerNames = None, axes: Axes = None) -> 
             attributes are no longer in the order in which they were set: flax sorts them whenever a model goes through
             `nnx.jit`, `nnx.grad`, `nnx.merge` or `nnx.clone`. Call this before, and keep the result.
         ImportError: flax is not installed.
+        TypeError: for what is no module, such as parameters by themselves, whose own names serve.
     """
     equinox = sys.modules.get("equinox")
     if equinox is not None and isinstance(model, equinox.Module):
@@ -88,6 +89,9 @@ def _layers_of_nnx(model: Any, *, numbered: bool) -> list[Layer]:
     require("flax", "jax")
     from flax import nnx
 
+    if not hasattr(model, "__dict__"):
+        kind = type(model).__name__
+        raise TypeError(f"Invalid model: {kind} (must be a flax.nnx or equinox module; parameters alone need none)")
     # Of a shared parameter's paths, `nnx.state` has only the one that comes first alphabetically.
     paths = {id(x): "/".join(map(str, path)) for path, x in nnx.iter_graph(model) if isinstance(x, nnx.Param)}
     layers = []

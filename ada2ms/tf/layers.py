@@ -77,7 +77,10 @@ def plain_layers(model: keras.Model, *, names: LayerNames = None, axes: Axes = N
 
     Raises:
         StateError: naming every other layer that has weights without a name in `names`.
+        TypeError: for what is no layer.
     """
+    if not isinstance(model, keras.Layer):
+        raise TypeError(f"Invalid model: {type(model).__name__} (must be a keras.Model or keras.Layer)")
     layers = []
     for place in _places(model, set(), "", False):
         kind, params = _described(place)

@@ -49,7 +49,10 @@ def plain_layers(model: nn.Module, *, names: LayerNames = None, axes: Axes = Non
 
     Raises:
         StateError: naming every other layer that has parameters without a name in `names`.
+        TypeError: for what is no module.
     """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"Invalid model: {type(model).__name__} (must be a torch.nn.Module)")
     layers: list[Layer] = []
     seen: set[nn.Parameter] = set()  # a tied one belongs to the first that has it
     for path, module in _modules(model, "", set()):
