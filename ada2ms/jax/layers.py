@@ -90,8 +90,8 @@ def _layers_of_nnx(model: Any, *, numbered: bool) -> list[Layer]:
     from flax import nnx
 
     if not hasattr(model, "__dict__"):
-        kind = type(model).__name__
-        raise TypeError(f"Invalid model: {kind} (must be a flax.nnx or equinox module; parameters alone need none)")
+        called = type(model).__name__
+        raise TypeError(f"Invalid model: {called} (must be a flax.nnx or equinox module; parameters alone need none)")
     # Of a shared parameter's paths, `nnx.state` has only the one that comes first alphabetically.
     paths = {id(x): "/".join(map(str, path)) for path, x in nnx.iter_graph(model) if isinstance(x, nnx.Param)}
     layers = []
