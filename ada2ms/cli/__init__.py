@@ -1,4 +1,4 @@
-"""The command line: `ada2ms demo`, `ada2ms compare` and `ada2ms state`, also `python -m ada2ms`."""
+"""The command line, `ada2ms` or `python -m ada2ms`: a module for each command."""
 
 from ada2ms.cli.arguments import adaptivity
 from ada2ms.cli.main import main

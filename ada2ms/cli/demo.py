@@ -22,7 +22,13 @@ if TYPE_CHECKING:
 
 def add(commands: Any) -> None:
     """Adds `demo` to the command line."""
-    command = commands.add_parser("demo", help="train the same network on real data in every installed framework")
+    command = commands.add_parser(
+        "demo",
+        help="train the same network on real data in every installed framework",
+        description="Trains the same network on real data in every installed framework, from the same weights on the "
+        "same batches, and draws how far the runs are from each other. Exit status: 0, they stay together; 1, they do "
+        "not; 2, it cannot run.",
+    )
     command.set_defaults(run=run)
     command.add_argument(
         "--steps", type=whole_number("steps", 1), default=200, help="batches to train on (default: %(default)s)"
@@ -36,7 +42,9 @@ def add(commands: Any) -> None:
         default=DEFAULTS.adaptivity,
         help="a number in [0, 1] or a schedule such as linear:1:0:200 (default: %(default)s)",
     )
-    command.add_argument("--out", type=Path, default=Path("ada2ms-demo"), help="folder for the picture")
+    command.add_argument(
+        "--out", type=Path, default=Path("ada2ms-demo"), help="folder for the picture (default: %(default)s)"
+    )
     command.add_argument("--frameworks", nargs="+", choices=("torch", "tf", "jax"), help="default: those installed")
     command.add_argument(
         "--keras-backends",
