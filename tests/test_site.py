@@ -134,7 +134,7 @@ def test_every_page_is_on_the_site_once() -> None:
         f"{page.parent.name}/{entry}" if page.parent.name == "api" else entry
         for page in (ROOT / "docs" / "index.md", ROOT / "docs" / "api" / "index.md")
         for tree in re.findall(r"```\{toctree\}\n(.*?)```", page.read_text(), re.DOTALL)
-        for entry in re.findall(r"^(?!:)(?:.+ <)?([^\s>]+)>?$", tree, re.MULTILINE)  # with a title of its own, or without
+        for entry in re.findall(r"^(?!:)(?:.+ <)?([^\s>]+)>?$", tree, re.MULTILINE)  # which may have a title here
     ]
     listed.remove("(others)")
     listed.remove("self")
