@@ -78,3 +78,32 @@ def test_a_factor_is_told_by_what_is_exact() -> None:
     found = fit(Dialect(family="sgd", changed=(("weight_decay", 0.0), ("momentum", 0.0))), run, free=True)
     assert found.fits, found
     assert abs(found.factor - 1) < 1e-6
+
+
+def test_where_both_clip_a_factor_before_it_is_told_of() -> None:
+    small, clipped = (trace_faults.trace("torch", {"clip": 0.5, "scale": scale}) for scale in (0.1, 1.0))
+    sentence = "the gradients of B are clipped to the norm 0.5: before that the factor is larger"
+    found = diff(small, clipped)
+    assert (found.stage, found.kind) == ("gradient", "factor"), found
+    assert any(evidence.startswith(sentence) for evidence in found.evidence), found
+    found = diff(clipped, trace_faults.trace("torch", {"clip": 0.25}))
+    assert found.cause == "the gradients of B are clipped to the norm 0.25, those of A to 0.5"
+    assert found.look == ["gradient clipping: the norm to which each clips"]
+
+
+def test_clipping_within_what_is_recorded_is_proposed_for_optax_alone() -> None:
+    clipped = trace_faults.trace("torch", {"clip": 0.5})
+    for framework, expected in (("jax", True), ("torch", False)):
+        found = diff(clipped, trace_faults.trace(framework, {}))
+        assert found.kind == "clipping", found
+        assert any("`recorded`" in sentence for sentence in found.look) == expected, found
+
+
+def test_a_gradient_of_nothing_but_rounding_does_not_agree() -> None:
+    """Such as that of a bias before a BatchNorm: where all others differ, everything does."""
+    a, b = (copy.deepcopy(trace_faults.trace("torch", given)) for given in ({}, {"activation": "relu"}))
+    for trace in (a, b):
+        noise = np.full(trace.steps[0].full["gradient"]["0.dense.bias"].shape, 1e-9, np.float32)
+        trace.steps[0].full["gradient"]["0.dense.bias"] = noise
+        trace.steps[0].sketches["gradient"][trace.index["0.dense.bias"]] = sketch(noise)
+    assert diff(a, b).cause == "loss and all gradients differ"

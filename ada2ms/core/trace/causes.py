@@ -7,7 +7,7 @@ import numpy as np
 
 from ada2ms.core.trace import sums
 from ada2ms.core.trace.model import Step
-from ada2ms.core.trace.pair import Pair, factor, relative
+from ada2ms.core.trace.pair import RESIDUE, Pair, factor, relative
 from ada2ms.core.trace.sketch import Array
 from ada2ms.core.trace.verdict import STAGES, Verdict, some
 
@@ -130,7 +130,10 @@ def _zeros(pair: Pair, i: int, zero: Array) -> Verdict:
 
 def _precision(pair: Pair, i: int, stage: str, left: float, allowed: float, names: list[str]) -> Verdict | None:
     """Arithmetic of fewer bits in one run, if that is the matter."""
-    look = ["the precision of matrix products (TF32, bfloat16, autocast, mixed_precision)"]
+    look = [
+        "the precision of matrix products (TF32, bfloat16, autocast, mixed_precision)",
+        "functions by an approximation, such as GELU by tanh",
+    ]
     if pair.seen[0] != pair.seen[1] and left < _NOISY:
         side = int(not pair.seen[0])
         held = pair.held[side]
@@ -199,14 +202,23 @@ def _scaled(pair: Pair, i: int, c: float, left: float, loss_differs: bool) -> Ve
     norms = [math.sqrt(float(np.nansum(np.square(s.sketches["gradient"][:, 0])))) for s in (x, y)]
     small, large = (0, 1) if norms[0] < norms[1] else (1, 0)
     if _is_clipped(pair, i, small):
-        other = f"to {norms[large]:.4g}" if _is_clipped(pair, i, large) else "not"
+        both = _is_clipped(pair, i, large)
+        other = f"to {norms[large]:.4g}" if both else "not"
         cause = (
             f"the gradients of {'AB'[small]} are clipped to the norm {norms[small]:.4g}, those of {'AB'[large]} {other}"
         )
-        look = [f"gradient clipping: {'AB'[small]} clips before the optimizer ({norms[large]:.4g} unclipped)"]
+        alone = f"{'AB'[small]} clips before the optimizer ({norms[large]:.4g} unclipped)"
+        look = [f"gradient clipping: {'the norm to which each clips' if both else alone}"]
+        if not both and (pair.a, pair.b)[large].about.get("framework") == "jax":
+            look.append("where `recorded` is: if it is around the clipping too, put it within, around the rule alone")
         return Verdict("parted", cause, "gradient", i + 1, "clipping", evidence, look=look)
     cause = f"all gradients of B are {c:.6g} times those of A{_factors(c, x, y)}"
     look = ["how losses are summed over batches, devices and accumulated steps", "a loss scale that is not taken out"]
+    if _is_clipped(pair, i, large):
+        evidence.append(
+            f"the gradients of {'AB'[large]} are clipped to the norm {norms[large]:.4g}: before that the factor is "
+            "larger, and where both are clipped it does not show"
+        )
     return Verdict("parted", cause, "gradient", i + 1, "factor", evidence, look=look)
 
 
@@ -243,11 +255,13 @@ def _factors(c: float, x: Step, y: Step) -> str:
 
 def _everything(pair: Pair, i: int, bad: Array, stage: str, names: list[str]) -> Verdict:
     gone, _ = pair.missing(i)
-    if bad.sum() >= max(1, (~gone).sum()):
+    _, norm, _ = pair.apart("gradient", i)
+    telling = ~gone & (norm > RESIDUE * np.max(norm))  # such as not of a bias that a normalisation takes out again
+    if bad[telling].all():
         cause = "loss and all gradients differ" if stage == "forward" else "all gradients differ, and the loss does not"
         look = (
             [
-                "what the forward pass computes: activations, normalisation (its epsilon), masks, the loss itself",
+                "what the forward pass computes: activations, normalisation (epsilon, eval mode), masks, the loss",
                 "randomness: dropout, augmentation (a second recording of A says whether A repeats itself)",
             ]
             if stage == "forward"
@@ -256,7 +270,7 @@ def _everything(pair: Pair, i: int, bad: Array, stage: str, names: list[str]) ->
         return Verdict("parted", cause, stage, i + 1, "everything", look=look, parameters=names)
     order = [pair.names[k] for k in np.flatnonzero(bad)]
     where = [sentence for k in np.flatnonzero(bad)[:3] if (sentence := sums.place(pair, i, k))]
-    good = [pair.names[k] for k in np.flatnonzero(~bad & ~gone)]
+    good = [pair.names[k] for k in np.flatnonzero(~bad & telling)]
     cause = f"the gradients of {some(order)} differ, those of {some(good, 2)} agree"
     look = [f"the layers of {some(order)}, what lies between them and those that agree"]
     return Verdict("parted", cause, stage, i + 1, "some gradients", where, look=look, parameters=order)

@@ -11,7 +11,7 @@ from ada2ms.core.trace.sketch import Array, distance, precision, resolution
 
 _ULPS = 4.0  # roundings for each term of a sum's root length, and for each layer
 GROWTH: Final = 20.0  # by how much rounding may grow from one step to the next
-_RESIDUE = 1e-4  # of the largest gradient's norm, below which a gradient may be nothing but rounding
+RESIDUE: Final = 1e-4  # of the largest gradient's norm, below which a gradient may be nothing but rounding
 REPEAT: Final = 10.0  # how many times a repeat's differences a port's may be
 
 
@@ -182,7 +182,7 @@ def _arithmetic(trace: Trace, names: list[str]) -> tuple[str, list[str]]:
     """
     gradients = trace.steps[0].full.get("gradient", {}) if trace.steps else {}
     norms = {name: float(np.linalg.norm(gradients[name])) for name in names if name in gradients}
-    least = _RESIDUE * max(norms.values(), default=0.0)
+    least = RESIDUE * max(norms.values(), default=0.0)
     found: dict[str, list[str]] = {}
     for name in names:
         x = gradients.get(name) if norms.get(name, 0.0) > least else None
