@@ -1,10 +1,12 @@
 """What the torch optimizer is called with: bad input, closures, hooks, GradScaler."""
 
 import math
+import re
 from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch_support import assert_same, give_gradients, parameters, shared_numbers
 
@@ -75,6 +77,13 @@ def test_bad_input(arguments: dict[str, Any], error: type[Exception], message: s
     with pytest.raises(error, match=message):
         optimizer.add_param_group({"params": [q], **arguments})
     assert len(optimizer.param_groups) == 1
+
+
+def test_a_shard_group_is_a_process_group() -> None:
+    """`new_group` gives a number to processes that are no members, which must not pass for a group."""
+    for value in (dist.GroupMember.NON_GROUP_MEMBER, "world", object()):
+        with pytest.raises(TypeError, match=f"Invalid shard_group: {re.escape(repr(value))} .*ProcessGroup.* or None"):
+            Ada2MS([nn.Parameter(torch.ones(3))], shard_group=value)  # type: ignore[arg-type]
 
 
 def test_scope_and_nonfinite_are_the_optimizers() -> None:

@@ -40,6 +40,16 @@ class Given:
         )
 
 
+def check_shard_group(shard_group: Any) -> None:
+    """Raises unless it is a process group, or None; `new_group` gives a number to processes that are no members."""
+    if shard_group is None or (dist.is_available() and isinstance(shard_group, dist.ProcessGroup)):
+        return
+    raise TypeError(
+        f"Invalid shard_group: {shard_group!r} (shard_group must be a torch.distributed.ProcessGroup that has this "
+        "process, or None)"
+    )
+
+
 def check_fsdp(params: Sequence[Tensor], shard_group: Any, scope: str) -> None:
     """Raises for shards of FullyShardedDataParallel without their process group, or with scope "tensor"."""
     if not any(getattr(p, "_fsdp_flattened", False) for p in params):

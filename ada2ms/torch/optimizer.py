@@ -24,7 +24,7 @@ from ada2ms.core.hyperparameters import (
 )
 from ada2ms.core.schedules import AdaptivitySchedule
 from ada2ms.torch import shared
-from ada2ms.torch.checks import Given, check_fsdp, check_group, whole_size
+from ada2ms.torch.checks import Given, check_fsdp, check_group, check_shard_group, whole_size
 from ada2ms.torch.loading import restore, translate
 from ada2ms.torch.numbers import COMPUTE_DTYPES, compensation_dtype
 from ada2ms.torch.shared import CHOICES, COMPENSATION, SHARED, K, S, Tied
@@ -139,6 +139,7 @@ class Ada2MS(Optimizer):
             "differentiable": differentiable,
             "fused": fused,
         }
+        check_shard_group(shard_group)
         if shard_group is not None and scope == "tensor" and max_norm is None and nonfinite == "propagate":
             raise ValueError("Invalid shard_group: with scope 'tensor' no number is shared (shard_group must be None)")
         self._tied: Tied | None = None
