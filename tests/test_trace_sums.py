@@ -2,8 +2,10 @@
 
 import copy
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
+import torch
 import trace_faults
 
 from ada2ms.core.dialects import Dialect
@@ -107,3 +109,26 @@ def test_a_gradient_of_nothing_but_rounding_does_not_agree() -> None:
         trace.steps[0].full["gradient"]["0.dense.bias"] = noise
         trace.steps[0].sketches["gradient"][trace.index["0.dense.bias"]] = sketch(noise)
     assert diff(a, b).cause == "loss and all gradients differ"
+
+
+def test_groups_that_differ_in_the_same_are_one_difference() -> None:
+    """A rule that is another one for all parameters is no matter of groups, though they are in several."""
+
+    def made(eps: float) -> Any:
+        def make(net: Any) -> Any:
+            groups = [[p for p in net.parameters() if (p.ndim > 1) == wide] for wide in (True, False)]
+            decays = (0.01, 0.0)
+            shares = [{"params": ps, "weight_decay": wd} for ps, wd in zip(groups, decays, strict=True)]
+            return torch.optim.AdamW(shares, lr=0.01, eps=eps)
+
+        return make
+
+    a, b = (copy.deepcopy(trace_faults.trace("torch", {"made": made(eps)})) for eps in (1e-8, 1e-3))
+    for step in b.steps:
+        for hyper in step.hyper:
+            del hyper["eps"]
+    found = diff(a, b)
+    assert found.cause == "the optimizers compute other things: eps: 1e-08 against 0.001", found
+    assert found.kind != "some updates"
+    assert len(found.parameters) == len(a.parameters)
+    assert not any("masks" in sentence for sentence in found.look)

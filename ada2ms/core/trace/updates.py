@@ -131,14 +131,13 @@ class Updates:
         return "" if len(voice.names) == len(self.pair.names) else f" of {some(voice.names)}"
 
     def _dialects(self, x: Voice, y: Voice) -> Verdict:
-        told = x.run[0].hyper[0], y.run[0].hyper[0]
-        differences = x.fit.dialect.differences(y.fit.dialect, *told) or x.rule().differences(y.rule())
         kinds = [name for name in vars(x.fit.dialect) if getattr(x.fit.dialect, name) != getattr(y.fit.dialect, name)]
         whose = self._whose(x)
-        said = "; ".join(differences)
+        said = "; ".join(_differences(x, y))
+        some_of = bool(whose) and not self._differ_as_one(said)
         cause = (
             f"{some(x.names)} go by another rule in B: {said}"
-            if whose
+            if some_of
             else f"the optimizers compute other things: {said}"
         )
         evidence = [
@@ -148,9 +147,15 @@ class Updates:
         other = fit(x.rule(), y.run)
         if not math.isclose(other.deviation, y.fit.deviation):
             evidence.append(f"B's differ from what A's rule makes of the same gradients by up to {other.deviation:.1e}")
-        kind = "some updates" if whose else kinds[0] if kinds else "changed"
-        look = [*[_MASKS] * bool(whose), *_LOOK]
+        kind = "some updates" if some_of else kinds[0] if kinds else "changed"
+        look = [*[_MASKS] * some_of, *_LOOK]
         return Verdict("parted", cause, "update", 1, kind, evidence, look=look, parameters=x.names)
+
+    def _differ_as_one(self, said: str) -> bool:
+        """Whether all parameters differ in this, however they are divided into groups."""
+        if {name for x, _ in self.odd for name in x.names} != set(self.pair.names):
+            return False
+        return all(x.fit.fits and y.fit.fits and "; ".join(_differences(x, y)) == said for x, y in self.odd)
 
     def _apart(self, i: int, allowed: float) -> Verdict | None:
         """By how far the updates are apart, where no catalogue tells."""
@@ -230,6 +235,12 @@ class Updates:
                     nearest = f"nearest: {spoken(f)}, {f.deviation:.1e} off"
                     found.append(f"{side}'s updates{self._whose(voice)} are none of the catalogue's ({nearest})")
         return found
+
+
+def _differences(x: Voice, y: Voice) -> list[str]:
+    """In what two rules differ, in words."""
+    told = x.run[0].hyper[0], y.run[0].hyper[0]
+    return x.fit.dialect.differences(y.fit.dialect, *told) or x.rule().differences(y.rule())
 
 
 def _is_told(x: Voice, y: Voice) -> bool:

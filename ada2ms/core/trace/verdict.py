@@ -68,14 +68,15 @@ def joined(found: Sequence[Verdict]) -> Verdict | None:
     if not found:
         return None
     first = found[0]
+    causes = dict.fromkeys(verdict.cause for verdict in found if verdict.stage == first.stage)
     for verdict in found[1:]:
         if verdict.stage != first.stage:
             first.also.append(f"in the stage {verdict.stage!r}: {verdict.cause}")
             continue
-        first.cause += f"; {verdict.cause}"
         first.evidence += verdict.evidence
         first.look += [sentence for sentence in verdict.look if sentence not in first.look]
         first.parameters += [name for name in verdict.parameters if name not in first.parameters]
+    first.cause = "; ".join(causes)
     return first
 
 

@@ -146,7 +146,7 @@ class _Walk:
         found += [told] if told else []
         if "update" in later:
             found += self.updates.beyond(what_was_told=bool(told or verdict.stage == "hyperparameters"))
-        return [f"in the stage {each.stage!r}: {each.cause}" for each in found]
+        return list(dict.fromkeys(f"in the stage {each.stage!r}: {each.cause}" for each in found))
 
     def _hyper(self, i: int) -> Verdict | None:
         pair = self.pair
