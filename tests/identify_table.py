@@ -52,7 +52,7 @@ def _cell(found: Identification, name: str) -> str:
         to = f"to {found.deviation:.0e}" if found.deviation else "to rounding"
         return to if found.explained else f"**no**: {found.unexplained[0]}"
     if not found.explained:
-        shown = {"rule": "elementwise", "weight decay": "decay is"}.get(name, "-")
+        shown = {"rule": "elementwise", "weight decay": "decay is"}.get(name, "\0")
         return "; ".join(fact.partition(": an")[0].partition(": a f")[0] for fact in found.facts if shown in fact)
     if name == "rule":
         extra = [found.says(x) for x in ("second moment", "Nesterov", "size of the update", "centre of squares")]
@@ -86,7 +86,8 @@ def _save(there: dict[str, str]) -> None:
         "",
         "Each with its defaults, as `ada2ms identify` says it of the versions that `constraints.txt` pins, and of",
         "bitsandbytes 0.50.2 and torchao 0.18.0, on a CPU. Made by",
-        "`KERAS_BACKEND=tensorflow PYTHONPATH=. python tests/identify_table.py --write`.",
+        "`KERAS_BACKEND=tensorflow PYTHONPATH=. python tests/identify_table.py --write`. bitsandbytes leaves arrays of",
+        "fewer than 4096 entries in 32 bits, so that its row of 8 bits shows that path.",
         "",
         "| optimizer | " + " | ".join(COLUMNS) + " |",
         "| --- |" + " --- |" * len(COLUMNS),

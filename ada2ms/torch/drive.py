@@ -57,17 +57,18 @@ def lacks(device: str, dtype: str) -> str:
 
 
 def paths(device: str, few: Collection[str] | None = None) -> list[Path]:
-    """The ways of a step on a device."""
+    """The ways of a step on a device; one of them, the fused one if there is one, replays all cases."""
     kind = torch.device(device).type
+    fused = _fused(kind)
     found = [
-        Path("for-loop", replay(foreach=False), share="cover" if kind == "cuda" else "all"),
+        Path("for-loop", replay(foreach=False), share="cover" if kind == "cuda" or fused.replay else "all"),
         Path("foreach", replay(foreach=True), share="all" if kind == "cuda" else "cover"),
-        _fused(kind),
+        fused,
         Path("capturable", replay(capturable=True)),
     ]
     if kind == "cuda":
-        fused = found[2].replay is not None
-        found.append(Path("CUDA graph", replay(capturable=True, fused=fused, made=Captured)))
+        captured = replay(capturable=True, fused=fused.replay is not None, made=Captured)
+        found.append(Path("CUDA graph", captured))
     return found
 
 
