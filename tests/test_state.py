@@ -212,4 +212,4 @@ def test_a_pickle_of_the_version_before_loads() -> None:
     assert (state.nonfinite, state.skipped, state.source) == ("skip", 1, "by hand")
     schedules = [core.Constant(0.3), core.Linear(1, 0, 9), core.Cosine(1, 0, 9), core.Exponential(1, 0, 9.5)]
     assert loaded["schedules"] == schedules
-    assert loaded["hyper"] == core.Hyperparameters(lr=0.1)
+    assert loaded["hyper"] == core.Hyperparameters(lr=0.1, adaptivity=0.5)  # which was the default
