@@ -248,3 +248,25 @@ def test_what_does_not_fit_is_refused_and_what_is_closed_is_silent(tmp_path: Pat
     update(params, optimizer.init(params), params)
     jax.effects_barrier()
     assert len(Trace.load(tmp_path / "run").steps) == 1
+
+
+def test_clipping_of_its_own_is_recorded_as_clipping_before_the_rule(tmp_path: Path) -> None:
+    """Where it is told; the gradient is what the rule gets."""
+    traces = []
+    for own in (False, True):
+        path, params = tmp_path / f"{own}.trace", start()
+        with Recorder(path, params, hyper={"max_norm": 0.1} if own else {}) as recorder:
+            rule = recorded(ada2ms(1e-2, max_norm=0.1 if own else None), recorder)
+            optimizer = rule if own else optax.chain(optax.clip_by_global_norm(0.1), rule)
+            step, state = jax.jit(step_of(optimizer)), optimizer.init(params)
+            for x in batches():
+                params, state, _, grads, _ = step(params, state, x)
+                assert optax.tree.norm(grads) > 0.1, "there is something to clip"
+        traces.append(Trace.load(path))
+    for one, other in zip(*(trace.steps for trace in traces), strict=True):
+        found, expected = other.sketches["gradient"], one.sketches["gradient"]
+        assert np.all(np.abs(found - expected) <= 4 * resolution("float32") * expected[:, :1])
+        for name, gradient in one.full.get("gradient", {}).items():
+            np.testing.assert_allclose(other.full["gradient"][name], gradient, rtol=1e-5, atol=1e-8)
+    assert one.number == STEPS
+    assert traces[0].steps[0].full

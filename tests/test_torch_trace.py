@@ -296,3 +296,26 @@ def test_large_tensors_are_sampled(tmp_path: Path) -> None:
     full = Trace.load(tmp_path / "run").steps[0].full
     assert full["value"]["w"].tolist() == list(range(10))  # every tenth of the transposed
     assert full["update"]["w"].tolist() == [-1.0] * 10
+
+
+def test_clipping_of_its_own_is_recorded_as_clipping_before_the_step(tmp_path: Path) -> None:
+    """The gradient is what the rule gets, so that a port from `clip_grad_norm_` to `max_norm` differs by rounding."""
+    traces = []
+    for own in (False, True):
+        net, path = network(), tmp_path / f"{own}.trace"
+        optimizer = Ada2MS(net.parameters(), lr=1e-2, max_norm=0.5 if own else None)
+        with Recorder(path, net, optimizer):
+            for x, y in batches():
+                optimizer.zero_grad()
+                nn.functional.cross_entropy(net(x), y).backward()
+                norm = float("inf") if own else 0.5
+                assert nn.utils.clip_grad_norm_(net.parameters(), norm) > 0.5, "there is something to clip"
+                optimizer.step()
+        traces.append(Trace.load(path))
+    for one, other in zip(*(trace.steps for trace in traces), strict=True):
+        for i in range(len(one.missing)):
+            assert close(other.sketches["gradient"][i], one.sketches["gradient"][i]), i
+        for name, gradient in one.full.get("gradient", {}).items():
+            np.testing.assert_allclose(other.full["gradient"][name], gradient, rtol=1e-5, atol=1e-7)
+    assert one.number == STEPS
+    assert traces[0].steps[0].full

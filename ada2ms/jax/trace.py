@@ -54,7 +54,8 @@ class Recorder:
         extras: what `plain_layers` gives besides; running statistics are not recorded.
         hyper: what the optimizer was made with, by the names `lr`, `b1`, `b2`, `eps`, `weight_decay`, `adaptivity`
             and the like: numbers, or schedules of the count of completed updates. Where leaves have others (masks,
-            `optax.multi_transform`, groups): a function that gives them for a leaf's name.
+            `optax.multi_transform`, groups): a function that gives them for a leaf's name. With `max_norm`, gradients
+            are recorded as Ada2MS clips them.
         optimizer: what it is called, such as "optax.adamw".
         full: of how many steps to keep entries of the arrays as well.
         entries: how many entries of each array; of larger ones a sample.
@@ -158,6 +159,7 @@ class Recorder:
             step.hyper.append({name: x for name, x in numbers.items() if math.isfinite(x)})
         for what, arrays in (full or {}).items():
             step.full[what] = {name: np.array(x) for name, x in arrays.items()}
+        step.clip_gradient(min((x["max_norm"] for x in step.hyper if "max_norm" in x), default=math.inf))
         if self._writer.is_due:  # before, since the loss of this one may come after it
             self._writer.flush()
         self._writer.add(step)

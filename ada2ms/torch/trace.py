@@ -30,6 +30,7 @@ from ada2ms.core.trace.model import TENSORS, empty_sketches, resolve, sample
 from ada2ms.core.trace.parts import Part
 from ada2ms.core.trace.writer import DEFAULT_ENTRIES, DEFAULT_FLUSH, DEFAULT_FULL
 from ada2ms.torch.numbers import number, numpy
+from ada2ms.torch.shared import choice
 from ada2ms.torch.sketches import Sketcher
 
 _HOW = {"params", "foreach", "capturable", "differentiable", "fused", "param_names", "maximize"}  # no part of a rule
@@ -177,6 +178,7 @@ class Recorder:
         known = sum(len(group["params"]) for group in optimizer.param_groups)
         s = _global_moment(optimizer)
         missing, scale, found_inf = before.missing, before.scale, before.found_inf
+        max_norm, norm = _own_clipping(optimizer)
         assert missing is not None
 
         def fill(step: Step) -> None:
@@ -188,6 +190,8 @@ class Recorder:
                 update[:, 0] = np.sqrt(np.mean(np.square(update[:, 1:]), axis=1))
             gradient[missing] = np.nan
             step.sketches = dict(zip(TENSORS, (value, gradient, update), strict=True))
+            if norm is not None:
+                step.clip_gradient(max_norm, float(norm))
             step.hyper = [_finite(group) for group in before.hyper]
             step.skipped = found_inf is not None and bool(found_inf)
             extra = {"s": s, "loss_scale": scale, "untraced": known - len(self._params) or None}
@@ -325,6 +329,13 @@ def _kept(value: Any) -> Any:
 def _finite(hyper: Mapping[str, Any]) -> dict[str, float]:
     numbers = {name: float(number(x)) for name, x in hyper.items()}
     return {name: x for name, x in numbers.items() if math.isfinite(x)}
+
+
+def _own_clipping(optimizer: Any) -> tuple[float, Tensor | None]:
+    """To which norm an Ada2MS clips, and the norm before; None if it does not clip."""
+    norm = getattr(optimizer, "grad_norm", None)
+    max_norm = choice(optimizer.param_groups[0], "max_norm") if isinstance(norm, Tensor) else None
+    return (math.inf, None) if norm is None or max_norm is None else (max_norm, norm.detach().clone())
 
 
 def _global_moment(optimizer: torch.optim.Optimizer) -> Tensor | None:

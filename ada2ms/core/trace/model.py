@@ -83,6 +83,22 @@ class Step:
     extra: dict[str, float] = field(default_factory=dict)
     full: dict[str, dict[str, Array]] = field(default_factory=dict)
 
+    def clip_gradient(self, max_norm: float, norm: float | None = None) -> None:
+        """Scales what there is of the gradient as an optimizer does that clips by the norm of the whole model, so that
+        it is recorded as the rule gets it, wherever a run clips.
+
+        Args:
+            max_norm: the norm to clip to; nothing is done where it is infinite.
+            norm: of the gradient; by default, of what was recorded.
+        """
+        rows = self.sketches["gradient"]
+        norm = math.sqrt(np.nansum(np.square(rows[:, 0]))) if norm is None else norm
+        if norm > max_norm:
+            scale = max_norm / norm
+            rows *= scale
+            if "gradient" in self.full:
+                self.full["gradient"] = {name: x * scale for name, x in self.full["gradient"].items()}
+
 
 @dataclass
 class Trace:
