@@ -15,9 +15,19 @@ with suppress(ImportError):
     import triton  # noqa: F401  # for torch; after TensorFlow 2.20 or 2.21 it crashes (tensorflow/tensorflow#124205)
 
 
-# Files whose tests these backends of Keras compile one by one: there they are for `make slow`.
+# By the beginnings of file::test, what is for `make slow`: on every backend of Keras, and where one compiles each test.
+DEAR = (
+    "test_compare_default::test_it_goes_on",
+    "test_identify_real::test_a_schedule",
+    "test_identify_real::test_real_optimizers_are_explained[optax",
+    "test_jax_around",
+    "test_jax_compensated",
+    "test_jax_measurements",
+    "test_jax_modes",
+    "test_torch_compensated_around",
+)
 DEAR_WHERE_COMPILED = ("test_keras_clipping", "test_keras_compensated", "test_keras_groups")
-DEAR = {
+DEAR_ON = {
     "tensorflow": DEAR_WHERE_COMPILED,
     "jax": (
         *DEAR_WHERE_COMPILED,
@@ -26,8 +36,13 @@ DEAR = {
         "test_handoff_models",
         "test_handoff_receipt",
         "test_handoff_refused",
+        "test_keras_calls",
+        "test_keras_exclusions",
+        "test_keras_files",
         "test_keras_handoff",
         "test_keras_trace",
+        "test_keras_variables",
+        "test_trajectories::test_closed_loop",
     ),
     "torch": (),
 }
@@ -42,7 +57,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             raise pytest.UsageError(f"{item.nodeid}: `python dev.py test` would not run it; mark it keras or slow")
         if name.startswith(("test_torch", "test_compare", "test_jax")) and "keras" in marks:
             raise pytest.UsageError(f"{item.nodeid}: `python dev.py test` would not run it; keras is for other files")
-        if "keras" in marks and name.startswith(DEAR[os.environ["KERAS_BACKEND"]]):
+        dear = DEAR + (DEAR_ON[os.environ["KERAS_BACKEND"]] if "keras" in marks else ())
+        if f"{item.path.stem}::{item.name}".startswith(dear):
             item.add_marker(pytest.mark.slow)
 
 

@@ -33,7 +33,7 @@ def test_the_report_without_a_gpu(tmp_path: Path) -> None:
         assert names <= set(rows[title])
         assert all(row["ms"] > 0 and row["baseline"] in rows[title] for row in rows[title].values())
     text = (tmp_path / "gpu.md").read_text()
-    assert "| for-loop | float64 | 160 of 160 |" in text
+    assert "| fused | float64 | 160 of 160 |" in text
     assert "torch sees no GPU" in text
     assert "jax sees no GPU" in text
     assert "Not run: --smoke leaves them out." in text

@@ -18,6 +18,7 @@ Array = Any
 STEPS = 3  # before the hand-over, and after it
 MODULES = {"torch": "models.on_torch", "jax": "models.on_nnx", "keras": "models.on_keras"}
 # Of numbers of about 1, of which a step moves some by 2^-7; in float32 every framework sums in an order of its own.
+# At an adaptivity near 1 an entry whose gradient is nothing but rounding, as a key's bias, moves as far as any other.
 BOUNDS = {"float64": 1e-9, "float32": 1e-5}
 OPTIONS: dict[str, dict[str, Any]] = {"gpt": {"groups": [NO_DECAY]}}
 
@@ -27,7 +28,7 @@ def beginning(kind: str, dtype: str) -> State:
     """No step done yet, of the weights that torch begins with."""
     from models.on_torch import Trainer
 
-    return Trainer(kind, dtype, lr=LR, weight_decay=0.1, **OPTIONS.get(kind, {})).export_state()
+    return Trainer(kind, dtype, lr=LR, weight_decay=0.1, adaptivity=0.5, **OPTIONS.get(kind, {})).export_state()
 
 
 @cache
