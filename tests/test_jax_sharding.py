@@ -282,7 +282,8 @@ def compensated_shards() -> None:
             params, state = jax.block_until_ready(step(params, state, sharded(g, grid)))
         for name, x in whole(params, state).items():
             np.testing.assert_allclose(x, expected[name], rtol=2**-15)
-            assert np.all(np.asarray(params[name]) == np.asarray(x, jnp.bfloat16)), name
+            nearest = np.asarray(x, jnp.bfloat16).astype(np.float32)  # of half a unit there are two
+            assert np.all(np.abs(x - np.asarray(params[name], np.float32)) <= np.abs(x - nearest)), name
     assert all_reduces(jax.jit(mapped), params, state, params) == 1
 
 
