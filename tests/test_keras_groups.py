@@ -203,7 +203,8 @@ def test_groups_cost_little() -> None:
     shapes = [(8, 8), (8,), (8, 8)] * 10
 
     def program(**arguments: Any) -> Any:
-        targets, optimizer = variables(arrays(0, shapes)), Ada2MS(**arguments)
+        targets = variables(arrays(0, shapes))
+        optimizer = Ada2MS(adaptivity=0.5, **arguments)  # one way to a power, as the groups
         optimizer.build(targets)
         values, found = [v.value for v in targets], [v.value for v in optimizer.variables]
         return jax.make_jaxpr(optimizer.stateless_apply)(found, values, values)
