@@ -8,11 +8,9 @@ alone (`full=0`) and with three steps of entries before, of which a question to 
 part of it that the three sketches take, without what takes them to the host. On a GPU a round is 20 steps.
 """
 
-import argparse
 import datetime
 import statistics
 import tempfile
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -21,6 +19,7 @@ import jax
 import jax.numpy as jnp
 import optax
 from gpu import SMALL, transformer
+from trace_options import parsed
 
 from ada2ms.core.trace import Parameter
 from ada2ms.jax import Recorder, recorded
@@ -62,12 +61,7 @@ def sketches(gradients: dict[str, Any]) -> Callable[[], Any]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=9)
-    parser.add_argument("--cpu-time", action="store_true", help="of the process' threads, on a machine that others use")
-    parser.add_argument("--smoke", action="store_true", help="tiny model, once: whether it runs")
-    options = parser.parse_args()
-    clock = time.process_time if options.cpu_time else time.perf_counter
+    options, clock = parsed(__doc__, {})
     shapes = next(iter(SMALL.values())) if options.smoke else transformer(512, 6, 16384)
     on_gpu = jax.default_backend() == "gpu"
     rounds, repeat = (1, 1) if options.smoke else (options.rounds, 20 if on_gpu else 1)

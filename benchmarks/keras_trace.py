@@ -6,17 +6,16 @@ Both run eagerly, as a Recorder needs them to, over variables of the shapes of g
 rounds of milliseconds a step, and of what recording adds, in steps of AdamW.
 """
 
-import argparse
 import datetime
 import statistics
 import tempfile
-import time
 from pathlib import Path
 from typing import Any
 
 import keras
 import numpy as np
 from gpu import SMALL, Shapes, transformer
+from trace_options import parsed
 
 from ada2ms.tf import Recorder
 
@@ -30,12 +29,7 @@ def model_of(shapes: Shapes) -> Any:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=9)
-    parser.add_argument("--cpu-time", action="store_true", help="of the process' threads, on a machine that others use")
-    parser.add_argument("--smoke", action="store_true", help="tiny model, once: whether it runs")
-    options = parser.parse_args()
-    clock = time.process_time if options.cpu_time else time.perf_counter
+    options, clock = parsed(__doc__, {})
     shapes = next(iter(SMALL.values())) if options.smoke else transformer(512, 6, 16384)
     rng = np.random.default_rng(0)
     gradients = [keras.ops.convert_to_tensor(rng.normal(size=shape).astype(np.float32)) for shape in shapes]

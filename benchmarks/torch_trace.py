@@ -8,11 +8,9 @@ what recording adds, in steps of the same AdamW. Sketches alone, without entries
 gradients and values, which are the bytes that sketches must read; and on CUDA the kernels that recording adds.
 """
 
-import argparse
 import datetime
 import statistics
 import tempfile
-import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -20,6 +18,7 @@ from typing import Any
 import torch
 from torch import nn
 from torch_step import SMOKE, transformer
+from trace_options import parsed
 
 from ada2ms.torch import Recorder
 from ada2ms.torch.trace import DEFAULT_FLUSH
@@ -57,14 +56,7 @@ def kernels(step: Callable[[], Any]) -> tuple[int, float]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--device", default="cpu")
-    parser.add_argument("--rounds", type=int, default=9)
-    parser.add_argument("--dtype", default="float32")
-    parser.add_argument("--cpu-time", action="store_true", help="of the process' threads, on a machine that others use")
-    parser.add_argument("--smoke", action="store_true", help="tiny model, once: whether it runs")
-    options = parser.parse_args()
-    clock = time.process_time if options.cpu_time else time.perf_counter
+    options, clock = parsed(__doc__, {"device": "cpu", "dtype": "float32"})
     shapes = next(iter(SMOKE.values())) if options.smoke else transformer()
     on_cuda = options.device.startswith("cuda")
     rounds, warmup, repeat = (1, 1, 1) if options.smoke else (options.rounds, 2, DEFAULT_FLUSH if on_cuda else 1)

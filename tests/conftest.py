@@ -15,19 +15,9 @@ with suppress(ImportError):
     import triton  # noqa: F401  # for torch; after TensorFlow 2.20 or 2.21 it crashes (tensorflow/tensorflow#124205)
 
 
-# By the beginnings of file::test, what is for `make slow`: on every backend of Keras, and where one compiles each test.
-DEAR = (
-    "test_compare_default::test_it_goes_on",
-    "test_identify_real::test_a_schedule",
-    "test_identify_real::test_real_optimizers_are_explained[optax",
-    "test_jax_around",
-    "test_jax_compensated",
-    "test_jax_measurements",
-    "test_jax_modes",
-    "test_torch_compensated_around",
-)
+# By the beginnings of file::test, what a backend of Keras compiles test by test: there it is for `make slow`.
 DEAR_WHERE_COMPILED = ("test_keras_clipping", "test_keras_compensated", "test_keras_groups")
-DEAR_ON = {
+DEAR = {
     "tensorflow": DEAR_WHERE_COMPILED,
     "jax": (
         *DEAR_WHERE_COMPILED,
@@ -57,8 +47,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             raise pytest.UsageError(f"{item.nodeid}: `python dev.py test` would not run it; mark it keras or slow")
         if name.startswith(("test_torch", "test_compare", "test_jax")) and "keras" in marks:
             raise pytest.UsageError(f"{item.nodeid}: `python dev.py test` would not run it; keras is for other files")
-        dear = DEAR + (DEAR_ON[os.environ["KERAS_BACKEND"]] if "keras" in marks else ())
-        if f"{item.path.stem}::{item.name}".startswith(dear):
+        if "keras" in marks and f"{item.path.stem}::{item.name}".startswith(DEAR[os.environ["KERAS_BACKEND"]]):
             item.add_marker(pytest.mark.slow)
 
 

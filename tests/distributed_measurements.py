@@ -6,7 +6,15 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from distributed_support import OPTIONS, STEPS, communicates, model, train
+from distributed_support import (
+    OPTIONS,
+    STEPS,
+    communicates,
+    in_columns_and_rows,
+    in_two_dimensions,
+    model,
+    train,
+)
 from torch import nn
 
 from ada2ms.core.measurements import PREFIX
@@ -45,26 +53,17 @@ def fully_shard(rank: int, world: int) -> None:
 
 def tensor_parallel(rank: int, world: int) -> None:
     from torch.distributed.device_mesh import init_device_mesh
-    from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 
-    net = model(hidden=8)
-    parallelize_module(net, init_device_mesh("cpu", (world,)), {"0": ColwiseParallel(), "2": RowwiseParallel()})
+    net = in_columns_and_rows(init_device_mesh("cpu", (world,)))
     optimizer = Ada2MS(net.parameters(), **OPTIONS)
     train(net, optimizer, range(STEPS))
     same(net, optimizer, alone(hidden=8), FOUR)
 
 
 def two_dimensions(rank: int, world: int) -> None:
-    from torch.distributed.device_mesh import init_device_mesh
-    from torch.distributed.fsdp import fully_shard
-    from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
-
-    mesh = init_device_mesh("cpu", (2, world // 2), mesh_dim_names=("data", "tensor"))
-    net = model(hidden=8)
-    parallelize_module(net, mesh["tensor"], {"0": ColwiseParallel(), "2": RowwiseParallel()})
-    fully_shard(net, mesh=mesh["data"])
+    net, part = in_two_dimensions(world)
     optimizer = Ada2MS(net.parameters(), **OPTIONS)
-    train(net, optimizer, range(STEPS), mesh["data"].get_local_rank(), 2)
+    train(net, optimizer, range(STEPS), part)
     same(net, optimizer, alone(hidden=8), FOUR, FOUR)
 
 

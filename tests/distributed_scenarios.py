@@ -21,6 +21,8 @@ from distributed_support import (
     batch,
     communicates,
     full,
+    in_columns_and_rows,
+    in_two_dimensions,
     model,
     train,
 )
@@ -65,10 +67,8 @@ def hybrid_shard(rank: int, world: int) -> None:
 def tensor_parallel(rank: int, world: int) -> None:
     """Sharded parameters and a replicated one in one optimizer."""
     from torch.distributed.device_mesh import init_device_mesh
-    from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 
-    net = model(hidden=8)  # torch's tensor parallelism divides evenly only
-    parallelize_module(net, init_device_mesh("cpu", (world,)), {"0": ColwiseParallel(), "2": RowwiseParallel()})
+    net = in_columns_and_rows(init_device_mesh("cpu", (world,)))
     optimizer = Ada2MS(net.parameters(), **OPTIONS)
     train(net, optimizer, range(STEPS))
     assert_same(full(net), alone(hidden=8))
@@ -77,16 +77,9 @@ def tensor_parallel(rank: int, world: int) -> None:
 
 def two_dimensions(rank: int, world: int) -> None:
     """`fully_shard` over tensor parallelism: both dimensions of the mesh are reduced, one after the other."""
-    from torch.distributed.device_mesh import init_device_mesh
-    from torch.distributed.fsdp import fully_shard
-    from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
-
-    mesh = init_device_mesh("cpu", (2, world // 2), mesh_dim_names=("data", "tensor"))
-    net = model(hidden=8)
-    parallelize_module(net, mesh["tensor"], {"0": ColwiseParallel(), "2": RowwiseParallel()})
-    fully_shard(net, mesh=mesh["data"])
+    net, part = in_two_dimensions(world)
     optimizer = Ada2MS(net.parameters(), **OPTIONS)
-    train(net, optimizer, range(STEPS), mesh["data"].get_local_rank(), 2)
+    train(net, optimizer, range(STEPS), part)
     assert_same(full(net), alone(hidden=8))
     communicates(optimizer.step, 1, 1)
 
@@ -265,12 +258,11 @@ def norms(rank: int, world: int) -> None:
     The gradients are those of one process, since every process has the whole batch.
     """
     from torch.distributed.device_mesh import init_device_mesh
-    from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 
-    whole_net, net, tensors = model(), model(), model(hidden=8)
+    whole_net, net = model(), model()
+    tensors = in_columns_and_rows(init_device_mesh("cpu", (world,)))
     each = 4 // world
     mine = list(net.parameters())[rank * each : (rank + 1) * each]
-    parallelize_module(tensors, init_device_mesh("cpu", (world,)), {"0": ColwiseParallel(), "2": RowwiseParallel()})
     for scope in ("model", "tensor"):
         stage = Ada2MS(mine, lr=0.0, scope=scope, max_norm=1e-3, shard_group=dist.group.WORLD)
         parallel = Ada2MS(tensors.parameters(), lr=0.0, scope=scope, max_norm=1e-3)

@@ -20,6 +20,26 @@ def model(hidden: int = 7) -> nn.Sequential:
     return nn.Sequential(nn.Linear(5, hidden), nn.Tanh(), nn.Linear(hidden, 3)).double()
 
 
+def in_columns_and_rows(mesh: Any) -> nn.Sequential:
+    """The model by tensor parallelism, which divides evenly only."""
+    from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
+
+    net = model(hidden=8)
+    parallelize_module(net, mesh, {"0": ColwiseParallel(), "2": RowwiseParallel()})
+    return net
+
+
+def in_two_dimensions(world: int) -> tuple[nn.Sequential, int]:
+    """The same within `fully_shard` over two parts of the data; and which part this process has."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    mesh = init_device_mesh("cpu", (2, world // 2), mesh_dim_names=("data", "tensor"))
+    net = in_columns_and_rows(mesh["tensor"])
+    fully_shard(net, mesh=mesh["data"])
+    return net, mesh["data"].get_local_rank()
+
+
 def batch(step: int, part: int | None = None, parts: int = 2) -> Tensor:
     generator = torch.Generator().manual_seed(step)
     x = torch.randn(8, 5, generator=generator, dtype=torch.float64)

@@ -7,13 +7,14 @@ import pickle
 import subprocess
 import sys
 import time
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from compare_support import finish
 from filelock import FileLock
 
 from ada2ms.cli import main
@@ -30,18 +31,6 @@ TINY = replace(SMOKE, tasks=("digits, ResNet-20",), optimizers=("AdamW", "SGD", 
 
 def record(accuracy: float, loss: float | None = 1.0, **more: Any) -> dict[str, Any]:
     return {"validation": {"accuracy": accuracy, "loss": loss}, "train_loss": 0.1, "diverged": False, **more}
-
-
-def finish(protocol: Protocol, accuracy: Any) -> dict[str, dict[str, Any]]:
-    """Records of all runs, of the accuracies that a function of the run gives, without training."""
-    records: dict[str, dict[str, Any]] = {}
-    while pending := protocol.pending(records):
-        for run in pending:
-            found = record(accuracy(run), run=asdict(run))
-            if run.stage == "test":
-                found["test"] = {"accuracy": accuracy(run), "loss": 1.0}
-            records[run.key] = found
-    return records
 
 
 def test_every_optimizer_is_tuned_and_tested_by_as_many_runs() -> None:

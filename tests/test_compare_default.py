@@ -2,17 +2,18 @@
 
 import json
 from collections.abc import Callable
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from compare_support import finish
 
 from ada2ms.cli import main
 from ada2ms.compare import data, runner, study, verdict
 from ada2ms.compare.optimizers import named
-from ada2ms.compare.protocol import EVERY_TASK, TASKS, Protocol, Record, Run
+from ada2ms.compare.protocol import EVERY_TASK, TASKS, Run
 from ada2ms.compare.study import CHOICES, Study
 from ada2ms.compare.train import train
 from ada2ms.core import DEFAULTS
@@ -20,21 +21,6 @@ from ada2ms.core import DEFAULTS
 RESULTS = Path(__file__).parents[1] / "docs" / "comparison" / "default"
 TASK = "glyphs, ViT"
 HALF, THREE_QUARTERS, NINE_TENTHS = CHOICES
-
-
-def finish(protocol: Protocol, accuracy: Callable[[Run], float], limit: int | None = None) -> dict[str, Record]:
-    """Records of all runs, or of the first so many, of the accuracies that a function of the run gives."""
-    records: dict[str, Record] = {}
-    while pending := protocol.pending(records):
-        for run in pending:
-            if len(records) == limit:
-                return records
-            found: Record = {"run": asdict(run), "diverged": False, "train_loss": 0.1}
-            found["validation"] = {"accuracy": accuracy(run), "loss": 1.0}
-            if run.stage == "test":
-                found["test"] = {"accuracy": accuracy(run), "loss": 1.0}
-            records[run.key] = found
-    return records
 
 
 def test_the_protocol_is_what_the_page_says() -> None:
@@ -145,13 +131,15 @@ def test_only_whole_seeds_count(tmp_path: Path) -> None:
     records = finish(protocol, accuracy, protocol.total() - 4 * 8 - 1)  # a run less than six whole seeds
     assert protocol.whole(records) == [11, 12, 13, 14, 15]
     assert {len(s) for task in protocol.scores(records).values() for s in task.values()} == {5}
-    assert f"Chosen: **{NINE_TENTHS}**." in verdict.markdown(protocol, records)
+    assert f"Chosen: **{NINE_TENTHS}**." in verdict.markdown(protocol, records, verdict.table_rows(protocol, records))
     fewer = finish(protocol, accuracy, protocol.total() - 5 * 8 - 1)
-    assert "Nothing is chosen: 4 seeds are whole, and 5 are needed." in verdict.markdown(protocol, fewer)
+    table = verdict.markdown(protocol, fewer, verdict.table_rows(protocol, fewer))
+    assert "Nothing is chosen: 4 seeds are whole, and 5 are needed." in table
     least = finish(protocol, accuracy, protocol.total() - 8 * 8 - 1)
     assert verdict.write(protocol, least, tmp_path) == []  # one
 
 
+@pytest.mark.slow
 def test_it_goes_on_where_it_was_and_reports(tmp_path: Path) -> None:
     protocol = replace(study.SMOKE, tasks=("text, transformer",))
     with pytest.raises(StoppedError):
@@ -201,7 +189,7 @@ def test_the_page_shows_the_records() -> None:
     assert sorted(records) == sorted(chosen)
     assert len(records) == protocol.total()
     table = (RESULTS / "table.md").read_text()
-    assert table == verdict.markdown(protocol, records)
+    assert table == verdict.markdown(protocol, records, verdict.table_rows(protocol, records))
     page = (RESULTS.parents[1] / "default.md").read_text()
     assert all(line in page for line in table.splitlines() if line.startswith("|"))
     assert named(DEFAULTS.adaptivity, "model") == study.choice(protocol.scores(records))  # type: ignore[arg-type]

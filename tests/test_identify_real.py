@@ -49,7 +49,7 @@ KERAS: dict[str, Says] = {
     },
     "keras.optimizers:SGD": {"weight decay": "0; with 0.1 it is decoupled"},
 }
-QUICK = ("torch.optim:AdamW", "torch.optim:Adam", "torch.optim:NAdam", "optax:adamw", "optax:amsgrad")
+QUICK = ("torch.optim:AdamW", "torch.optim:Adam", "torch.optim:NAdam")
 
 
 def check(found: Identification, says: Says) -> None:
@@ -107,6 +107,7 @@ def test_torch_adds_1e_6_to_the_norm_that_it_clips_by(module: str) -> None:
     check(found, {"clipping": "to 0.5, by the norm of the whole model plus 1e-6"})
 
 
+@pytest.mark.slow
 def test_a_schedule_is_measured(module: str) -> None:
     found = identify_subject(load(f"{module}:chain"))
     check(found, {"clipping": "to 0.5, by the norm of the whole model", "learning rate": "moves: 0.01, 0.0091, 0.0082"})

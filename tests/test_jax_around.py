@@ -13,6 +13,8 @@ from ada2ms.jax import ada2ms, export_state, import_state, scale_by_ada2ms
 from support import slow
 
 RATE = optax.linear_schedule(0.1, 0.0, 10)
+pytestmark = pytest.mark.slow  # each compiles programs of its own
+
 BROKEN = {**tree(7), "vector": tree(7)["vector"].at[1].set(jnp.nan)}
 LABELS = {"empty": "x", "matrix": "x", "scalar": "y", "vector": "x"}
 

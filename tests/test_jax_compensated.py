@@ -17,6 +17,8 @@ from ada2ms.jax import CompensatedAda2MSState, ScaleByAda2MSState, ada2ms, expor
 from ada2ms.jax.kernels.compensation import compensated, rounded_to
 from support import slow
 
+pytestmark = pytest.mark.slow  # each compiles programs of its own
+
 SHAPES = {"matrix": (3, 4), "vector": (5,)}
 KINDS = {jnp.bfloat16: ml_dtypes.bfloat16, jnp.float16: np.float16}
 GRADIENTS = [tree(i, np.float32, SHAPES) for i in range(1, 6)]

@@ -23,6 +23,8 @@ from ada2ms.core.measurements import PREFIX, RATIOS, STEPS
 from ada2ms.jax import ada2ms, measure, scale_by_ada2ms
 from support import settings, slow
 
+pytestmark = pytest.mark.slow  # each compiles programs of its own
+
 
 def trained(run: Run) -> tuple[Any, Any, Any, Any]:
     """Transformation, state and parameters after a run, and what was measured in its compiled last step."""

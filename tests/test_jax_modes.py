@@ -15,6 +15,8 @@ from ada2ms.core import Linear
 from ada2ms.jax import ada2ms
 from support import slow
 
+pytestmark = pytest.mark.slow  # each compiles programs of its own
+
 MODES: dict[str, Callable[[], AbstractContextManager[Any]]] = {
     "no promotion of ranks": lambda: jax.numpy_rank_promotion("raise"),
     "no promotion of types": lambda: jax.numpy_dtype_promotion("strict"),

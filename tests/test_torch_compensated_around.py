@@ -14,6 +14,8 @@ from ada2ms.torch import Ada2MS
 from ada2ms.torch.kernels.compensation import write
 from support import place, require_device
 
+pytestmark = pytest.mark.slow  # each trains a network
+
 DATA = list(digits.load("float32").batches(100, seed=0))
 
 

@@ -48,7 +48,7 @@ def load(address: str, settings: Sequence[str] = (), kind: str | None = None) ->
     """
     factory = _attribute(address)
     given = dict(_setting(text) for text in settings)
-    name = _called(address, factory)
+    name = address.replace(":", ".")  # by which the catalogue may know it
     if _is_a(factory, "optax", "GradientTransformation"):
         return _optax(name, lambda **_: factory, given)
     if not callable(factory):
@@ -79,11 +79,6 @@ def _attribute(address: str) -> Any:
             raise CannotRunError(f"{module} has no {part} (it has {', '.join(there[:12]) or 'nothing of the kind'})")
         found = getattr(found, part)
     return found
-
-
-def _called(address: str, factory: Any) -> str:
-    """The name by which the catalogue may know it."""
-    return address.replace(":", ".")
 
 
 def _setting(text: str) -> tuple[str, Any]:

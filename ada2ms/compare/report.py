@@ -2,7 +2,7 @@
 
 import csv
 import statistics
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, Final
 
@@ -35,13 +35,18 @@ def write(protocol: Protocol, records: Records, folder: Path) -> list[Path]:
     pictures = {"rates.png": _rates, "losses.png": _losses, "adaptivity.png": _adaptivity, "changes.png": _changes}
     files = [folder / name for name in ("table.md", "table.csv", *pictures)]
     files[0].write_text(markdown(protocol, records, rows))
-    with files[1].open("w", newline="") as file:
-        writer = csv.DictWriter(file, COLUMNS)
-        writer.writeheader()
-        writer.writerows(rows)
+    write_csv(files[1], COLUMNS, rows)
     for name, draw in pictures.items():
         draw(protocol, records, folder / name)
     return files
+
+
+def write_csv(file: Path, columns: Sequence[str], rows: Iterable[dict[str, Any]]) -> None:
+    """Writes rows under a header of these columns."""
+    with file.open("w", newline="") as stream:
+        writer = csv.DictWriter(stream, columns)
+        writer.writeheader()
+        writer.writerows(rows)
 
 
 def task_rows(protocol: Protocol, records: Records, task: str) -> list[dict[str, Any]]:

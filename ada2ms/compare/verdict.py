@@ -1,6 +1,5 @@
 """What the study of the default has found: tables (Markdown and CSV) and a picture."""
 
-import csv
 import statistics
 from pathlib import Path
 from typing import Any, Final
@@ -9,6 +8,7 @@ import matplotlib
 
 from ada2ms.compare import study
 from ada2ms.compare.protocol import Record, Records
+from ada2ms.compare.report import write_csv
 from ada2ms.compare.study import CHOICES, ENOUGH, YARDSTICK, Scores, Study
 
 COLUMNS: Final = (
@@ -36,12 +36,9 @@ def write(protocol: Study, records: Records, folder: Path) -> list[Path]:
         return []
     rows = table_rows(protocol, records)
     files = [folder / name for name in ("table.md", "table.csv", "default.png")]
-    files[0].write_text(markdown(protocol, records))
-    with files[1].open("w", newline="") as file:
-        writer = csv.DictWriter(file, COLUMNS)
-        writer.writeheader()
-        writer.writerows(rows)
-    _picture(protocol, records, files[2])
+    files[0].write_text(markdown(protocol, records, rows))
+    write_csv(files[1], COLUMNS, rows)
+    _picture(protocol, records, rows, files[2])
     return files
 
 
@@ -77,7 +74,7 @@ def table_rows(protocol: Study, records: Records) -> list[dict[str, Any]]:
     return rows
 
 
-def markdown(protocol: Study, records: Records) -> str:
+def markdown(protocol: Study, records: Records, rows: list[dict[str, Any]]) -> str:
     """The tables and the choice, in Markdown."""
     scores, seeds = protocol.scores(records), protocol.whole(records)
     lines = [
@@ -89,9 +86,9 @@ def markdown(protocol: Study, records: Records) -> str:
         f"| task | {' | '.join(protocol.optimizers)} |",
         "| --- |" + " --- |" * len(protocol.optimizers),
     ]
-    rows = {(row["task"], row["optimizer"]): row for row in table_rows(protocol, records)}
+    of = {(row["task"], row["optimizer"]): row for row in rows}
     for task in protocol.tasks:
-        cells = [_accuracy(rows[task, name]) for name in protocol.optimizers]
+        cells = [_accuracy(of[task, name]) for name in protocol.optimizers]
         lines.append(f"| {task} | {' | '.join(cells)} |")
     lines += [
         "",
@@ -151,19 +148,19 @@ def _records(protocol: Study, records: Records, task: str, optimizer: str) -> li
     return [records[run.key] for run in protocol.chosen(task, optimizer, records) if run.key in records]
 
 
-def _picture(protocol: Study, records: Records, file: Path) -> None:
+def _picture(protocol: Study, records: Records, rows: list[dict[str, Any]], file: Path) -> None:
     """For each task, above: test accuracy against adaptivity, AdamW at 1; below: the search of the learning rate."""
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
     names = [*(name for name in CHOICES if name in protocol.optimizers), YARDSTICK]
     places = [1.0 if name == YARDSTICK else float(name.split()[1]) for name in names]
-    rows = {(row["task"], row["optimizer"]): row for row in table_rows(protocol, records)}
+    of = {(row["task"], row["optimizer"]): row for row in rows}
     columns = len(protocol.tasks)
     figure, panels = pyplot.subplots(2, columns, figsize=(2.9 * columns, 6), squeeze=False, layout="constrained")
     for task, above, below in zip(protocol.tasks, *panels, strict=True):
-        means = [100 * rows[task, name]["test"] for name in names]
-        errors = [100 * rows[task, name]["standard error"] for name in names]
+        means = [100 * of[task, name]["test"] for name in names]
+        errors = [100 * of[task, name]["standard error"] for name in names]
         above.plot(places, means, color="0.8")
         for i, name in enumerate(names):
             color = "black" if name == YARDSTICK else f"C{i}"

@@ -29,6 +29,7 @@ from ada2ms.core.trace import Parameter, Step, TraceError, Writer
 from ada2ms.core.trace.model import TENSORS, empty_sketches, resolve, sample
 from ada2ms.core.trace.parts import Part
 from ada2ms.core.trace.writer import DEFAULT_ENTRIES, DEFAULT_FLUSH, DEFAULT_FULL
+from ada2ms.torch.groups import named_parameters
 from ada2ms.torch.numbers import number, numpy
 from ada2ms.torch.shared import choice
 from ada2ms.torch.sketches import Sketcher
@@ -258,8 +259,6 @@ def _unwrapped(optimizer: Any) -> torch.optim.Optimizer:
 
 def named(model: nn.Module | Mapping[str, Tensor]) -> Mapping[str, Tensor]:
     """Parameters by the names that they have in the module itself, within torch.compile and DistributedDataParallel."""
-    if not isinstance(model, nn.Module):
-        return model
     inner: Any = model
     while True:
         if isinstance(inner, nn.parallel.DistributedDataParallel):
@@ -267,7 +266,7 @@ def named(model: nn.Module | Mapping[str, Tensor]) -> Mapping[str, Tensor]:
         elif isinstance(compiled := getattr(inner, "_orig_mod", None), nn.Module):
             inner = compiled
         else:
-            return dict(inner.named_parameters())
+            return named_parameters(inner)
 
 
 def parameters(

@@ -5,7 +5,6 @@ from dataclasses import replace
 from ada2ms.core.dialects import base
 from ada2ms.core.trace.explain import Fit, spoken
 from ada2ms.core.trace.model import Trace
-from ada2ms.core.trace.series import series
 from ada2ms.core.trace.speech import Speech, Voice, speech
 from ada2ms.core.trace.verdict import Verdict, some
 
@@ -17,15 +16,13 @@ def judge(trace: Trace) -> Verdict:
     done with the same gradients, for each parameter with the hyperparameters of its own group. "Only rounding" then
     means: the updates are those of the optimizer's own rule.
     """
-    run = series(trace)
-    if not run:
+    found = speech(trace)
+    if found is None:
         why = "the optimizer had been used before" if trace.about.get("started") else "no entries were recorded"
         why = why if trace.steps else "it has no steps"
         look = ["record from the first step of a new optimizer, with full=3 or more"]
         return Verdict("cannot tell", f"there is nothing to judge by: {why}", look=look)
     name = str(trace.about.get("optimizer", "the optimizer"))
-    found = speech(trace)
-    assert found is not None
     steps = f"{found.steps} step{'s' if found.steps > 1 else ''}"
     evidence = []
     for voice in found.voices:
