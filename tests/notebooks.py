@@ -70,12 +70,12 @@ def executed(name: str, folder: Path) -> dict[str, Any]:
     return tidy(json.loads(nbformat.writes(client.execute())))
 
 
-def small(picture: str) -> str:
-    """A PNG picture with 64 colours, which makes it a third as large; both encoded by base64."""
+def opaque(picture: str) -> str:
+    """A PNG picture without its transparency, which takes a seventh of it; both encoded by base64."""
     from PIL import Image
 
     file = BytesIO()
-    Image.open(BytesIO(b64decode(picture))).convert("RGB").quantize(64).save(file, "PNG", optimize=True)
+    Image.open(BytesIO(b64decode(picture))).convert("RGB").save(file, "PNG", optimize=True)
     return b64encode(file.getvalue()).decode()
 
 
@@ -102,7 +102,7 @@ def main(names: list[str]) -> None:
         for cell in notebook["cells"]:
             for output in cell.get("outputs", []):
                 if "image/png" in output.get("data", {}):
-                    output["data"]["image/png"] = small(output["data"]["image/png"])
+                    output["data"]["image/png"] = opaque(output["data"]["image/png"])
         (FOLDER / f"{name}.ipynb").write_text(json.dumps(notebook, indent=1, ensure_ascii=False) + "\n")
         print(f"{name}: {len(notebook['cells'])} cells")
 

@@ -13,6 +13,8 @@ from ada2ms import core
 from ada2ms.jax import ada2ms
 from support import slow
 
+pytestmark = pytest.mark.slow  # each compiles programs of its own
+
 
 @pytest.mark.parametrize("x64", [True, False])
 def test_the_second_step_compiles_nothing(x64: bool) -> None:
