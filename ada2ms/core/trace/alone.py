@@ -18,7 +18,11 @@ def judge(trace: Trace) -> Verdict:
     """
     found = speech(trace)
     if found is None:
-        why = "the optimizer had been used before" if trace.about.get("started") else "no entries were recorded"
+        why = (
+            "the optimizer had been used before"
+            if trace.about.get("started")
+            else "no entries were recorded, of finite gradients"
+        )
         why = why if trace.steps else "it has no steps"
         look = ["record from the first step of a new optimizer, with full=3 or more"]
         return Verdict("cannot tell", f"there is nothing to judge by: {why}", look=look)

@@ -70,17 +70,18 @@ def loss_and_gradient(pair: Pair, i: int, bad: Array, allowed: float, loss_diffe
     """Other losses or gradients from the same values and data: all that is seen, the first stage first."""
     gone_a, gone_b = pair.missing(i)
     gone = gone_a != gone_b
-    if broken := _not_finite(pair, i):
-        who, what = broken
-        cause = f"{what} of {who} {'is' if what == 'the loss' else 'are'} not finite"
+    if cause := _not_finite(pair, i):
         look = ["overflow in 16 bits, a division by 0, a logarithm of 0; what the batch of this step holds"]
         stage = "forward" if loss_differs else "gradient"
-        return [Verdict("parted", cause, stage, i + 1, "not finite", look=look)]
+        evidence = [f"{who} leaves out this step" for who, s in zip("AB", pair.steps[i], strict=True) if s.skipped]
+        return [Verdict("parted", cause, stage, i + 1, "not finite", evidence, look=look)]
     ga, gb = pair.sketches("gradient", i)
     zero = bad & ~gone & ((ga[:, 0] == 0) != (gb[:, 0] == 0))
     found = []
-    if loss_differs or (bad & ~gone & ~zero).any():
+    if (bad & ~gone & ~zero).any():
         found.append(_others(pair, i, bad & ~gone & ~zero, ~gone_a & ~gone_b & ~zero, allowed, loss_differs))
+    if loss_differs and not (found and found[0].stage == "forward"):
+        found.append(_loss(pair, i, alone=not bad.any()))
     if zero.any() and not (found and found[0].kind in ("everything", "some gradients", "precision")):
         found.append(_zeros(pair, i, zero))
     if gone.any():
@@ -89,7 +90,7 @@ def loss_and_gradient(pair: Pair, i: int, bad: Array, allowed: float, loss_diffe
 
 
 def _others(pair: Pair, i: int, bad: Array, use: Array, allowed: float, loss_differs: bool) -> Verdict:
-    """Of the gradients that both runs have, what differs.
+    """Of the gradients that both runs have, what differs: not none.
 
     Args:
         pair: the traces.
@@ -101,8 +102,6 @@ def _others(pair: Pair, i: int, bad: Array, use: Array, allowed: float, loss_dif
     """
     stage = "forward" if loss_differs else "gradient"
     names = [pair.names[k] for k in np.flatnonzero(bad)]
-    if not bad.any():
-        return _only_the_loss(pair, i)
     ga, gb = pair.sketches("gradient", i)
     c, left = factor(ga[use], gb[use])
     near = max(3 * allowed, 1e-6)
@@ -153,16 +152,18 @@ def _precision(pair: Pair, i: int, stage: str, left: float, allowed: float, name
     return None
 
 
-def _not_finite(pair: Pair, i: int) -> tuple[str, str] | None:
-    """Which run alone has a loss or gradients that are not finite."""
+def _not_finite(pair: Pair, i: int) -> str:
+    """What is not finite in one run alone, as a sentence: its loss, else gradients; empty if nothing is."""
+    x, y = (step.loss for step in pair.steps[i])
+    if x is not None and y is not None and math.isfinite(x) != math.isfinite(y):
+        return f"the loss of {'A' if math.isfinite(y) else 'B'} is not finite"
+    broken = pair.broken(i)
     found = []
-    for side, step in enumerate(pair.steps[i]):
-        norms = pair.sketches("gradient", i)[side][~pair.missing(i)[side], 0]
-        if step.loss is not None and not math.isfinite(step.loss):
-            found.append(("AB"[side], "the loss"))
-        elif not np.isfinite(norms).all():
-            found.append(("AB"[side], "gradients"))
-    return found[0] if len(found) == 1 else None
+    for who, here, there in zip("AB", broken, reversed(broken), strict=True):
+        names = [pair.names[k] for k in np.flatnonzero(here & ~there)]
+        whose = "" if len(names) == len(pair.names) else f" {some(names)} in"
+        found += [f"gradients of{whose} {who} are not finite"] if names else []
+    return "; ".join(found)
 
 
 def missing(pair: Pair, i: int, gone_a: Array, gone_b: Array) -> Verdict:
@@ -174,17 +175,19 @@ def missing(pair: Pair, i: int, gone_a: Array, gone_b: Array) -> Verdict:
     return Verdict("parted", cause, "gradient", i + 1, "missing gradients", look=look, parameters=names)
 
 
-def _only_the_loss(pair: Pair, i: int) -> Verdict:
+def _loss(pair: Pair, i: int, *, alone: bool) -> Verdict:
+    """Another loss; `alone`: and no gradient of which that may be the reason."""
     x, y = pair.steps[i]
     assert x.loss is not None
     assert y.loss is not None
     ratio, difference = y.loss / x.loss if x.loss else math.inf, y.loss - x.loss
-    cause = f"only the loss that was told differs ({x.loss:.6g} against {y.loss:.6g}); all gradients agree"
+    cause = f"the loss that was told differs ({x.loss:.6g} against {y.loss:.6g})"
+    cause = f"only {cause}; all gradients agree" if alone else cause
     look = [
         f"what the loss is divided by (the ratio is {ratio:.6g})",
         f"terms without a gradient, or a penalty that is only reported (the difference is {difference:.6g})",
     ]
-    return Verdict("parted", cause, "forward", i + 1, "only the loss", look=look)
+    return Verdict("parted", cause, "forward", i + 1, "only the loss" if alone else "loss", look=look)
 
 
 def _scaled(pair: Pair, i: int, c: float, left: float, loss_differs: bool) -> Verdict:
@@ -280,7 +283,7 @@ def sizes(pair: Pair, what: str, i: int, bad: Array) -> list[str]:
     """How far the worst parameters are apart, relative to their norm."""
     d, norm, whole = pair.apart(what, i)
     with np.errstate(divide="ignore", invalid="ignore"):
-        share = np.where(norm > 0, d / norm, np.where(d > 0, np.inf, 0.0))
+        share = np.where(~np.isfinite(d), np.inf, np.where(norm > 0, d / norm, np.where(d > 0, np.inf, 0.0)))
     worst = sorted(np.flatnonzero(bad), key=lambda k: -share[k])[:3]
     each = ", ".join(f"{pair.names[k]} {share[k]:.1e}" for k in worst)
     return [

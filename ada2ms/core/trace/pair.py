@@ -8,6 +8,7 @@ import numpy as np
 
 from ada2ms.core.trace.model import TENSORS, Step, Trace
 from ada2ms.core.trace.sketch import Array, distance, precision, resolution
+from ada2ms.core.trace.verdict import some
 
 _ULPS = 4.0  # roundings for each term of a sum's root length, and for each layer
 GROWTH: Final = 20.0  # by how much rounding may grow from one step to the next
@@ -97,21 +98,34 @@ class Pair:
         x, y = self.steps[i]
         return x.missing[self.ia], y.missing[self.ib]
 
+    def broken(self, i: int) -> tuple[Array, Array]:
+        """Which of the shared parameters have a gradient at a step that is not finite."""
+        each = zip(self.sketches("gradient", i), self.missing(i), strict=True)
+        x, y = (~np.isfinite(rows[:, 0]) & ~gone for rows, gone in each)
+        return x, y
+
+    def is_lost(self, i: int) -> bool:
+        """Whether both runs have gradients at a step, and none that is finite."""
+        return all(mask.any() and mask[~gone].all() for mask, gone in zip(self.broken(i), self.missing(i), strict=True))
+
     def apart(self, what: str, i: int) -> tuple[Array, Array, float]:
         """How far apart a step is: of each parameter |x - y|, the larger norm, and relatively of the whole model.
 
-        By all entries where they are recorded, else by the sketches. A gradient that is missing is one of zeros.
+        By all entries where they are recorded, else by the sketches. A gradient that is missing is one of zeros, and
+        what is not finite in both runs is not apart.
         """
         x, y = self.sketches(what, i)
+        lost = ~np.isfinite(x[:, 0]) & ~np.isfinite(y[:, 0])
+        x, y = (np.where(lost[:, None], 0.0, s) for s in (x, y))
         if what == "gradient":
             x, y = (np.where(m[:, None], 0.0, s) for m, s in zip(self.missing(i), (x, y), strict=True))
         d, norm = distance(x, y), np.maximum(x[:, 0], y[:, 0])
         for k, pair in enumerate(self.entries(what, i)):
-            if pair is not None:
+            if pair is not None and not lost[k]:
                 d[k], norm[k] = np.linalg.norm(pair[0] - pair[1]), max(map(float, map(np.linalg.norm, pair)))
         whole = math.sqrt(float(np.sum(np.square(norm))))
         total = math.sqrt(float(np.sum(np.square(d))))
-        return d, norm, total / whole if whole > 0 else (0.0 if total == 0 else math.inf)
+        return d, norm, total / whole if whole > 0 and math.isfinite(total) else (0.0 if total == 0 else math.inf)
 
     def entries(self, what: str, i: int) -> list[tuple[Array, Array] | None]:
         """All entries of each shared parameter at a step, where both runs have them."""
@@ -154,6 +168,19 @@ class Pair:
             elif here[name].shape != there[name].shape:
                 found.append(f"{name!r} has {here[name].shape} in A and {there[name].shape} in B")
         return found
+
+    def types(self) -> list[str]:
+        """Sentences on parameters that have another type in B."""
+        found: dict[tuple[str, str], list[str]] = {}
+        for name, p, q in zip(self.names, self.ia, self.ib, strict=True):
+            types = self.a.parameters[p].dtype, self.b.parameters[q].dtype
+            if types[0] != types[1]:
+                found.setdefault(types, []).append(name)
+        return [
+            f"parameters are {here} in A and {there} in B ({some(names)}): what rounding to the coarser of both loses "
+            "is held to be rounding"
+            for (here, there), names in found.items()
+        ]
 
     def mapping(self) -> dict[str, str]:
         """For parameters that only B has: what A may call them, by equal shapes (in any order) and equal norms."""
@@ -225,8 +252,8 @@ def drift(pair: Pair) -> dict[str, list[float]]:
 
 
 def relative(x: float | None, y: float | None) -> float:
-    """How far apart two numbers are, relatively; 0 where one is not known."""
-    if x is None or y is None or x == y or (math.isnan(x) and math.isnan(y)):
+    """How far apart two numbers are, relatively; 0 where one is not known, or both are not finite."""
+    if x is None or y is None or x == y or not (math.isfinite(x) or math.isfinite(y)):
         return 0.0
     if not (math.isfinite(x) and math.isfinite(y)):
         return math.inf

@@ -25,7 +25,9 @@ class Series:
 
 
 def series(trace: Trace) -> list[Series]:
-    """The first steps, as far as entries of all of them were recorded; none if the optimizer had begun before."""
+    """The first steps, as far as entries of all of them were recorded and gradients are finite; none if the optimizer
+    had begun before.
+    """
     found = [Series(p, narrow=trace.about.get("framework") in ("jax", "keras")) for p in trace.parameters]
     if trace.about.get("started"):
         return []
@@ -33,11 +35,11 @@ def series(trace: Trace) -> list[Series]:
     for i, p in enumerate(trace.parameters):
         tensors.setdefault(p.own, []).append(i)
     for step in trace.steps:
-        if not step.full or step.skipped:
-            break
         norms = step.sketches["gradient"][:, 0]
+        there = ~step.missing
+        if not step.full or step.skipped or not np.isfinite(norms[there]).all():
+            break
         sizes = np.array([p.size for p in trace.parameters], np.float64)
-        there = ~step.missing & np.isfinite(norms)
         total = float(np.sum(np.square(norms[there]))) / max(float(sizes[there].sum()), 1.0)
         for i, each in enumerate(found):
             name = each.parameter.name

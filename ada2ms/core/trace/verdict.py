@@ -80,7 +80,7 @@ def joined(found: Sequence[Verdict]) -> Verdict | None:
     return first
 
 
-def some(names: list[str], most: int = 4) -> str:
+def some(names: list[str], most: int = 4, between: str = ", ") -> str:
     """Names for a sentence, not too many."""
     rest = len(names) - most
-    return ", ".join(names[:most]) + (f" and {rest} more" if rest > 0 else "")
+    return between.join(names[:most]) + (f" and {rest} more" if rest > 0 else "")

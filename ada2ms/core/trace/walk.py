@@ -16,7 +16,7 @@ from ada2ms.core.trace.model import Trace
 from ada2ms.core.trace.pair import GROWTH, REPEAT, Pair, drift, grain, relative
 from ada2ms.core.trace.sketch import Array, distance, precision
 from ada2ms.core.trace.updates import Updates
-from ada2ms.core.trace.verdict import STAGES, Verdict, joined
+from ada2ms.core.trace.verdict import STAGES, Verdict, joined, some
 
 _FLOOR = 4.0  # roundings of the model's whole gradient that one parameter's may differ by, however small it is
 _NOT_TOLD = {"decoupled_weight_decay"}  # shows by the updates, and in words
@@ -106,13 +106,14 @@ class _Walk:
         x, y = pair.steps[i]
         allowed = self.allowed("gradient", i)
         d, norm, whole = pair.apart("gradient", i)
-        model = math.sqrt(float(np.sum(np.square(norm))))
+        odd = ~np.isfinite(d)
+        model = math.sqrt(float(np.sum(np.square(norm[~odd]))))
         gone_a, gone_b = pair.missing(i)
         floor = _FLOOR * (pair.yardstick.arithmetic + (0 if pair.is_exact(i) else pair.yardstick.sketch / 8)) * model
-        bad = (d > allowed * norm + floor) | ~np.isfinite(d) & (x.skipped == y.skipped)
+        bad = d > allowed * norm + floor
         if i and not whole > allowed:  # single parameters may wander where the model does not
             bad &= d > GROWTH * self.share * norm + floor
-        bad |= gone_a != gone_b
+        bad |= (gone_a != gone_b) | odd
         loss = relative(x.loss, y.loss)
         loss_differs = loss > max(self.allowed("loss", i), _FLOOR * max(grain(x.loss), grain(y.loss)))
         with np.errstate(divide="ignore", invalid="ignore"):
@@ -208,7 +209,9 @@ def diff(
 
 
 def _unlike(pair: Pair, problems: list[str]) -> Verdict:
-    verdict = Verdict("cannot tell", "the traces share no parameter by name and shape", evidence=problems[:8])
+    more = [f"and {len(problems) - 8} more"] if len(problems) > 8 else []
+    cause = "the traces share no parameter by name and shape"
+    verdict = Verdict("cannot tell", cause, evidence=[*problems[:8], *more])
     verdict.look.append("names= and axes= of the recorders: plain_layers(model) has them for plain layers")
     if mapping := pair.mapping():
         verdict.look.append(f"by their norms, these would fit B: names={mapping!r}")
@@ -241,7 +244,8 @@ def _finished(walk: _Walk, verdict: Verdict, problems: list[str], i: int) -> Ver
         verdict.look.append("parameters that only one run has")
     verdict.notes += walk.notes
     if problems:
-        verdict.notes.append(f"not compared: {'; '.join(problems[:6])}")
+        verdict.notes.append(f"not compared: {some(problems, 6, '; ')}")
+    verdict.notes += pair.types()
     if not all(data.flat(s) for s in pair.steps[0]):
         verdict.notes.append("batches were not told in both: that the data are the same is not checked")
     lengths = len(pair.a.steps), len(pair.b.steps)
@@ -254,10 +258,18 @@ def _finished(walk: _Walk, verdict: Verdict, problems: list[str], i: int) -> Ver
 
 def _rounding(walk: _Walk) -> Verdict:
     """No stage has parted: what that rests on."""
-    pair, x, n = walk.pair, walk.course, len(walk.pair.steps)
-    first, last, most = x["gradient"][0], x["gradient"][-1], max(x["gradient"])
+    pair = walk.pair
+    told = {i + 1: x for i, x in enumerate(walk.course["gradient"]) if not pair.is_lost(i)}
+    n, lost = len(told), len(pair.steps) - len(told)
+    if lost:
+        walk.notes.append(f"in {lost} steps no gradient is finite, neither in A nor in B: of these nothing is compared")
+    if not told:
+        look = ["overflow, a division by 0, a logarithm of 0; the data, of which each run has the same"]
+        return Verdict("cannot tell", "no gradient is finite, neither in A nor in B, in any step", look=look)
+    last, most = max(told), max(told.values())
     evidence = [
-        f"gradients differ by {first:.1e} at step 1 and {last:.1e} at step {n} (at most {most:.1e})",
+        f"gradients differ by {told[min(told)]:.1e} at step {min(told)} and {told[last]:.1e} at step {last} (at most "
+        f"{most:.1e})",
         f"rounding explains {pair.yardstick}",
     ]
     if walk.repeat is not None:
@@ -270,7 +282,7 @@ def _rounding(walk: _Walk) -> Verdict:
         rules = "; of some parameters ".join(spoken(voice.fit) for voice in walk.updates.a.voices)
         evidence.append(f"the updates of both, in {walk.updates.covered} steps, are those of {rules}")
     if walk.repeat is None and most > _CHAOS:
-        cause = f"gradients come {most:.1e} apart by step {n}, by growth from rounding or from something as small"
+        cause = f"gradients come {most:.1e} apart by step {last}, by growth from rounding or from something as small"
         look = ["--repeat: a second recording of A with other rounding (threads, or one ulp more) says how far it goes"]
         return Verdict("cannot tell", cause, evidence=evidence, look=look)
     cause = f"in {n} steps nothing differs by more than the precision of the arithmetic explains"
