@@ -15,7 +15,8 @@ from ada2ms.core.trace.pair import relative
 from ada2ms.core.trace.series import Series, series
 
 _RATE = 1e-5  # relatively, by what learning rates that updates show may differ, if rounding allows that much
-_ENOUGH = 6  # tensors of which none is explained, until no others are asked
+_FEW = 2  # dialects, such as one with and one without decay, that are believed before one for all is searched
+_ENOUGH = 6  # tensors that are searched together for one dialect, and of which none is explained until none is asked
 
 
 @dataclass
@@ -62,7 +63,7 @@ class Voice:
     def is_as(self, other: "Voice") -> bool:
         """Whether other parameters go by the same rule, at the same rates."""
         same = self.fit.fits == other.fit.fits and self.rule() == other.rule() and self.fit.free == other.fit.free
-        return same and _same(self.rates, other.rates, max(self.fit.noise, other.fit.noise))
+        return same and same_rates(self.rates, other.rates, max(self.fit.noise, other.fit.noise))
 
     def with_(self, other: "Voice") -> "Voice":
         """Together with other parameters that go by the same rule."""
@@ -88,6 +89,11 @@ class Speech:
         """Whether everything is explained."""
         return all(voice.fit.fits for voice in self.voices)
 
+    @property
+    def places(self) -> dict[str, int]:
+        """The place of each parameter's voice."""
+        return {name: k for k, voice in enumerate(self.voices) for name in voice.names}
+
     def of(self, name: str) -> Voice:
         """The voice of a parameter."""
         return next(voice for voice in self.voices if name in voice.names)
@@ -104,20 +110,26 @@ def speech(trace: Trace, prefer: Iterable[Dialect] = ()) -> Speech | None:
     if not run:
         return None
     own = base(str(trace.about.get("optimizer", "")), run[0].hyper[0])
-    firsts = [*prefer, own]
+    firsts = list(dict.fromkeys([*prefer, own]))
     for dialect in firsts:
         if (found := fit(dialect, run)).fits:
             return Speech([Voice(found, run)], found.steps)
-    whole = explain_run(run, own)
-    if (whole.fits and not whole.free) or len(run) == 1:
-        return Speech([Voice(whole, run)], whole.steps)
-    voices = _each(run, firsts)
-    if (whole.fits and (len(voices) != 1 or not voices[0].fit.fits)) or not any(voice.fit.fits for voice in voices):
+    voices = _each(run, firsts, own)
+    dialects = list(dict.fromkeys(voice.fit.dialect for voice in voices if voice.fit.fits))
+    for dialect in dialects:
+        if (found := fit(dialect, run)).fits:  # it may show in some tensors alone, as epsilon does
+            return Speech([Voice(found, run)], found.steps)
+    if all(voice.fit.fits for voice in voices) and 0 < len(dialects) <= _FEW:
+        return Speech(voices, voices[0].fit.steps)
+    few = sorted(run, key=lambda s: -s.parameter.size)[:_ENOUGH]
+    whole = explain_run(few, own)
+    whole = whole if len(few) == len(run) else fit(whole.dialect, run, free=whole.free)
+    if whole.fits or not any(voice.fit.fits for voice in voices):
         voices = [Voice(whole, run)]
     return Speech(voices, whole.steps)
 
 
-def _each(run: list[Series], firsts: list[Dialect]) -> list[Voice]:
+def _each(run: list[Series], firsts: list[Dialect], own: Dialect) -> list[Voice]:
     """Each tensor alone, by dialects that others speak before all others; then those together that speak alike.
 
     Empty if nothing explains the largest few.
@@ -127,7 +139,7 @@ def _each(run: list[Series], firsts: list[Dialect]) -> list[Voice]:
     for s in sorted(run, key=lambda s: -s.parameter.size):
         found = next((f for dialect, free in heard if (f := fit(dialect, [s], free=free)).fits), None)
         if found is None:
-            found = explain_run([s], firsts[-1])
+            found = explain_run([s], own)
             if found.fits:
                 heard.append((found.dialect, found.free))
         alone.append(Voice(found, [s]))
@@ -155,10 +167,11 @@ def _together(one: Voice, other: Voice) -> bool:
         return a.fits == b.fits
     told = "lr" in one.run[0].hyper[0] and "lr" in other.run[0].hyper[0]
     same = a.dialect == b.dialect and a.free == b.free
-    return same and ((told and not a.free) or _same(a.factors, b.factors, max(a.noise, b.noise)))
+    return same and ((told and not a.free) or same_rates(a.factors, b.factors, max(a.noise, b.noise)))
 
 
-def _same(a: list[float], b: list[float], noise: float) -> bool:
+def same_rates(a: list[float], b: list[float], noise: float) -> bool:
+    """Whether rates, or factors, are equal as exactly as updates show them."""
     return all(relative(x, y) < max(_RATE, noise) for x, y in zip(a, b, strict=False))
 
 
@@ -167,9 +180,24 @@ def alike(a: Voice, b: Voice) -> bool:
     for here, there in ((a, b), (b, a)):
         free = "lr" not in there.run[0].hyper[0] or there.fit.free
         found = Voice(fit(here.rule(), there.run, free=free), there.run)
-        if found.fit.fits and _same(here.rates, found.rates, max(here.fit.noise, found.fit.noise)):
+        if found.fit.fits and same_rates(here.rates, found.rates, max(here.fit.noise, found.fit.noise)):
             return True
     return False
+
+
+def nearest(a: Voice, b: Voice) -> Voice:
+    """Of what explains b, what is nearest to a: no hyperparameter differs that need not.
+
+    Such as a weight decay of biases that are nearly 0, of which updates show nothing.
+    """
+    rule = dict(a.rule().changed)
+    for name, value in rule.items():
+        theirs = dict(b.rule().changed)
+        if b.fit.fits and theirs.get(name, value) != value:
+            trial = replace(b.fit.dialect, changed=tuple(sorted({**theirs, name: value}.items())))
+            found = fit(trial, b.run, free=b.fit.free)
+            b = Voice(found, b.run) if found.fits else b
+    return b
 
 
 def odd_rate(a: Voice, b: Voice) -> int | None:

@@ -14,7 +14,7 @@ from ada2ms.core.trace import causes
 from ada2ms.core.trace.explain import Fit, fit, spoken
 from ada2ms.core.trace.pair import Pair, factor
 from ada2ms.core.trace.sketch import precision
-from ada2ms.core.trace.speech import Speech, Voice, alike, odd_rate, speech
+from ada2ms.core.trace.speech import Speech, Voice, alike, nearest, odd_rate, same_rates, speech
 from ada2ms.core.trace.verdict import Verdict, joined, some
 
 _LOOK = ["the arguments of the optimizers", "docs of the optimizers: in what their rules differ"]
@@ -50,14 +50,15 @@ class Updates:
             return
         self.covered = min(self.a.steps, self.b.steps)
         groups = [{p.name: p.group for p in t.parameters} for t in (self.pair.a, self.pair.b)]
+        places = self.a.places, self.b.places
         shared: dict[tuple[int, int, int, int], list[str]] = {}
         for name in self.pair.names:
-            voices = self.a.voices.index(self.a.of(name)), self.b.voices.index(self.b.of(name))
-            shared.setdefault((*voices, groups[0][name], groups[1][name]), []).append(name)
+            key = places[0][name], places[1][name], groups[0][name], groups[1][name]
+            shared.setdefault(key, []).append(name)
         for (i, j, _, _), names in shared.items():
             x, y = self.a.voices[i].only(names), self.b.voices[j].only(names)
             if not (x.fit.fits and y.fit.fits and alike(x, y)):
-                self._differ(x, y)
+                self._differ(x, nearest(x, y))
         self.both = not self.odd and self.covered > 0
 
     def _differ(self, x: Voice, y: Voice) -> None:
@@ -104,12 +105,7 @@ class Updates:
         if x.fit.fits and y.fit.fits:
             if x.rule() != y.rule():
                 return self._dialects(x, y) if i == 0 else None
-            if odd_rate(x, y) != i:
-                return None
-            whose = self._whose(x)
-            cause = f"the learning rate that updates{whose} show is {x.rates[i]:.6g} in A and {y.rates[i]:.6g} in B"
-            look = ["the schedule as the optimizer sees it, and wrappers that scale updates", *[_MASKS] * bool(whose)]
-            return Verdict("parted", cause, "update", i + 1, "lr", look=look, parameters=x.names)
+            return self._rate(x, y, i) if odd_rate(x, y) == i else None
         if not (x.fit.fits or y.fit.fits):
             return None
         known, other, side = (x, y, "B") if x.fit.fits else (y, x, "A")
@@ -127,21 +123,42 @@ class Updates:
         kind = "some updates" if some_of else "other updates"
         return Verdict("parted", cause, "update", i + 1, kind, evidence, look=look, parameters=names)
 
-    def _whose(self, voice: Voice) -> str:
-        return "" if len(voice.names) == len(self.pair.names) else f" of {some(voice.names)}"
+    def _rate(self, x: Voice, y: Voice, i: int) -> Verdict:
+        """Other learning rates; those of all groups in one sentence, if they differ by one factor."""
+        odd = [pair for pair in self._rules() if odd_rate(*pair) == i]
+        ratios = [w.rates[i] / v.rates[i] if v.rates[i] else math.inf for v, w in odd]
+        noise = max(max(v.fit.noise, w.fit.noise) for v, w in odd)
+        names = [name for v, _ in odd for name in v.names]
+        look = ["the schedule as the optimizer sees it, and wrappers that scale updates"]
+        rates = f"{odd[0][0].rates[i]:.6g} in A and {odd[0][1].rates[i]:.6g} in B"
+        if len(odd) > 1 and len(names) == len(self.pair.names) and same_rates(ratios, ratios[:1] * len(odd), noise):
+            cause = (
+                f"the learning rate that updates show is {ratios[0]:.6g} times as large in B as in A, in every group"
+            )
+            evidence = [f"that of {some(odd[0][0].names)} is {rates}"]
+            return Verdict("parted", cause, "update", i + 1, "lr", evidence, look=look, parameters=names)
+        whose = self._whose(x.names)
+        cause = f"the learning rate that updates{whose} show is {x.rates[i]:.6g} in A and {y.rates[i]:.6g} in B"
+        look += [_MASKS] * bool(whose)
+        return Verdict("parted", cause, "update", i + 1, "lr", look=look, parameters=x.names)
+
+    def _rules(self) -> list[tuple[Voice, Voice]]:
+        """Of what differs, that of which both rules are known."""
+        return [(x, y) for x, y in self.odd if x.fit.fits and y.fit.fits]
+
+    def _whose(self, names: list[str]) -> str:
+        return "" if len(names) == len(self.pair.names) else f" of {some(names)}"
 
     def _dialects(self, x: Voice, y: Voice) -> Verdict:
+        """Other rules; of all groups that differ in the same together."""
         kinds = [name for name in vars(x.fit.dialect) if getattr(x.fit.dialect, name) != getattr(y.fit.dialect, name)]
-        whose = self._whose(x)
-        said = "; ".join(_differences(x, y))
-        some_of = bool(whose) and not self._differ_as_one(said)
-        cause = (
-            f"{some(x.names)} go by another rule in B: {said}"
-            if some_of
-            else f"the optimizers compute other things: {said}"
-        )
+        said = _differences(x, y)
+        names = [name for pair in self._rules() if _differences(*pair) == said for name in pair[0].names]
+        some_of = len(names) < len(self.pair.names)
+        where = f"{some(names)} go by another rule in B" if some_of else "the optimizers compute other things"
+        cause = f"{where}: {'; '.join(said)}"
         evidence = [
-            f"{side}'s updates{whose} are those of {spoken(v.fit)}, to {v.fit.deviation:.1e}"
+            f"{side}'s updates{self._whose(v.names)} are those of {spoken(v.fit)}, to {v.fit.deviation:.1e}"
             for side, v in (("A", x), ("B", y))
         ]
         other = fit(x.rule(), y.run)
@@ -149,13 +166,7 @@ class Updates:
             evidence.append(f"B's differ from what A's rule makes of the same gradients by up to {other.deviation:.1e}")
         kind = "some updates" if some_of else kinds[0] if kinds else "changed"
         look = [*[_MASKS] * some_of, *_LOOK]
-        return Verdict("parted", cause, "update", 1, kind, evidence, look=look, parameters=x.names)
-
-    def _differ_as_one(self, said: str) -> bool:
-        """Whether all parameters differ in this, however they are divided into groups."""
-        if {name for x, _ in self.odd for name in x.names} != set(self.pair.names):
-            return False
-        return all(x.fit.fits and y.fit.fits and "; ".join(_differences(x, y)) == said for x, y in self.odd)
+        return Verdict("parted", cause, "update", 1, kind, evidence, look=look, parameters=names)
 
     def _apart(self, i: int, allowed: float) -> Verdict | None:
         """By how far the updates are apart, where no catalogue tells."""
@@ -233,7 +244,7 @@ class Updates:
                 if not voice.fit.fits:
                     f: Fit = voice.fit
                     nearest = f"nearest: {spoken(f)}, {f.deviation:.1e} off"
-                    found.append(f"{side}'s updates{self._whose(voice)} are none of the catalogue's ({nearest})")
+                    found.append(f"{side}'s updates{self._whose(voice.names)} are none of the catalogue's ({nearest})")
         return found
 
 

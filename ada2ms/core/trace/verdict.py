@@ -7,6 +7,7 @@ from typing import Any, Final, Literal
 Outcome = Literal["only rounding", "parted", "cannot tell"]
 STATUS: Final[dict[str, int]] = {"only rounding": 0, "parted": 1, "cannot tell": 2}
 STAGES: Final = ("data", "start", "value", "forward", "gradient", "hyperparameters", "update")
+_MOST: Final = 8  # sentences of a kind that are printed
 
 
 @dataclass
@@ -58,25 +59,35 @@ class Verdict:
             ("look at", self.look),
             ("notes", self.notes),
         ):
-            for i, sentence in enumerate(sentences):
+            for i, sentence in enumerate(_shown(sentences)):
                 lines.append(f"  {title + ':' if i == 0 else '':10} {sentence}")
         return "\n".join(lines)
 
 
+def _shown(sentences: list[str]) -> list[str]:
+    """Of many sentences the first; JSON has all."""
+    rest = len(sentences) - _MOST
+    return sentences if rest <= 1 else [*sentences[:_MOST], f"and {rest} more (--json has all)"]
+
+
 def joined(found: Sequence[Verdict]) -> Verdict | None:
-    """What is found in one step as one verdict: the first stage's, with the causes of that stage together."""
+    """What is found in one step as one verdict: the first stage's, with the causes of that stage together.
+
+    Of many causes the first; all of them are evidence then.
+    """
     if not found:
         return None
     first = found[0]
-    causes = dict.fromkeys(verdict.cause for verdict in found if verdict.stage == first.stage)
+    causes = list(dict.fromkeys(verdict.cause for verdict in found if verdict.stage == first.stage))
     for verdict in found[1:]:
         if verdict.stage != first.stage:
             first.also.append(f"in the stage {verdict.stage!r}: {verdict.cause}")
             continue
-        first.evidence += verdict.evidence
+        first.evidence += [sentence for sentence in verdict.evidence if sentence not in first.evidence]
         first.look += [sentence for sentence in verdict.look if sentence not in first.look]
         first.parameters += [name for name in verdict.parameters if name not in first.parameters]
-    first.cause = "; ".join(causes)
+    first.cause = some(causes, between="; ")
+    first.evidence = [*(causes if first.cause != "; ".join(causes) else []), *first.evidence]
     return first
 
 

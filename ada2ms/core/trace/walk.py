@@ -279,7 +279,7 @@ def _rounding(walk: _Walk) -> Verdict:
     else:
         evidence.append(f"from step to step no difference has grown more than {GROWTH:g} times")
     if walk.updates.both and walk.updates.a is not None:
-        rules = "; of some parameters ".join(spoken(voice.fit) for voice in walk.updates.a.voices)
+        rules = some(list(dict.fromkeys(spoken(v.fit) for v in walk.updates.a.voices)), between="; of some parameters ")
         evidence.append(f"the updates of both, in {walk.updates.covered} steps, are those of {rules}")
     if walk.repeat is None and most > _CHAOS:
         cause = f"gradients come {most:.1e} apart by step {last}, by growth from rounding or from something as small"
