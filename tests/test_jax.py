@@ -84,11 +84,14 @@ def test_alias_is_a_chain_of_its_parts() -> None:
     assert_close(train(alias, tree(0), gradients)[0], train(chain, tree(0), gradients)[0], 4 * EPSILON, 4 * EPSILON)
 
 
-def test_eager_is_jitted() -> None:
-    """Up to fused multiplications and additions: a rounding each."""
+@pytest.mark.parametrize("options", [{}, {"scope": "tensor", "max_norm": 1.0, "nonfinite": "skip"}])
+@pytest.mark.parametrize("disabled", [False, True])
+def test_eager_is_jitted(options: dict[str, Any], disabled: bool) -> None:
+    """Up to fused multiplications and additions: a rounding each. As well where `jax.disable_jit` lets nothing jit."""
     params, *gradients = ({"a": tree(i)["vector"]} for i in range(5))
-    optimizer = ada2ms(0.1, adaptivity=0.3)
-    eager = train(optimizer, params, gradients, wrap=lambda f: f)
+    optimizer = ada2ms(0.1, adaptivity=0.3, **options)
+    with jax.disable_jit(disabled):
+        eager = train(optimizer, params, gradients, wrap=lambda f: f)
     assert_close(train(optimizer, params, gradients), eager, 8 * EPSILON, 8 * EPSILON)
 
 

@@ -163,6 +163,12 @@ def test_moments_of_another_shape_are_an_error(field: str) -> None:
         optimizer.update(tree(1), wrong, tree(0))
 
 
+@pytest.mark.parametrize("made", [optax.adamw(1e-3), optax.chain(ada2ms())])
+def test_a_state_of_another_optimizer_is_an_error(made: Any) -> None:
+    with pytest.raises(TypeError, match=r"Invalid state: tuple \(must be the ScaleByAda2MSState of .*optax\.chain"):
+        ada2ms().update(tree(1), made.init(tree(0)), tree(0))
+
+
 # States that come back from files
 
 

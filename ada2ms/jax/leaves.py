@@ -11,7 +11,7 @@ from ada2ms.jax.dtypes import as_array, compute_dtype
 from ada2ms.jax.masks import decaying_leaves
 from ada2ms.jax.names import names_of_leaves
 from ada2ms.jax.options import Options, group_of_each
-from ada2ms.jax.state import AnyState, CompensatedAda2MSState, check_state
+from ada2ms.jax.state import AnyState, CompensatedAda2MSState, ScaleByAda2MSState, check_state
 
 
 class Leaves(NamedTuple):
@@ -38,6 +38,11 @@ class Leaves(NamedTuple):
 
 def prepare(options: Options, updates: optax.Updates, state: AnyState, params: optax.Params | None) -> Leaves:
     """Leaves that have no moments are left alone, whatever they are: models of Equinox have functions among them."""
+    if not hasattr(state, "mu"):
+        raise TypeError(
+            f"Invalid state: {type(state).__name__} (must be the {ScaleByAda2MSState.__name__} of this transformation's "
+            "init; what wraps it, such as optax.chain, has one of its own)"
+        )
     tree: Any = jax.tree.structure(state.mu, is_leaf=lambda x: x is None)
     every = tree.flatten_up_to(state.mu)
     positions = [i for i, m in enumerate(every) if m is not None]

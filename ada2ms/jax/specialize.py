@@ -5,6 +5,7 @@ from collections.abc import Callable
 from typing import Any, TypeVar, cast
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -27,7 +28,10 @@ def specialized(f: F) -> F:
     @functools.wraps(f)
     def call(**arguments: Any) -> Any:
         constants = tuple((name, x) for name, x in arguments.items() if _is_constant(x))
-        return compiled(constants, {name: x for name, x in arguments.items() if not _is_constant(x)})
+        others = {name: x for name, x in arguments.items() if not _is_constant(x)}
+        if jax.config.jax_disable_jit:  # then numbers in lists are not made arrays, as which they are computed with
+            others = jax.tree.map(jnp.asarray, others)
+        return compiled(constants, others)
 
     return cast(F, call)
 
