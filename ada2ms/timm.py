@@ -18,7 +18,13 @@ from typing import Final
 
 from ada2ms._extras import require
 
-require("timm", "timm")
+try:
+    require("timm", "timm")
+except ImportError as missing:
+    if __name__ != "__main__":
+        raise
+    print(missing, file=sys.stderr)
+    sys.exit(2)
 
 import timm
 

@@ -256,6 +256,12 @@ def test_what_is_not_cifar_is_refused(content: bytes, tmp_path: Path, capsys: py
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize("device", ["nope", "cuda:99"])
+def test_no_device(device: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["compare", "--device", device, "--out", str(tmp_path / "out")]) == 2
+    assert f"Invalid device: {device!r} (" in capsys.readouterr().err
+
+
 def test_no_cifar(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["compare", "--cifar", str(tmp_path), "--out", str(tmp_path / "out")]) == 2
     assert "it must hold cifar-10-batches-py or cifar-100-python" in capsys.readouterr().err

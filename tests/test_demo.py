@@ -241,6 +241,8 @@ def test_adaptivity(text: str, value: object) -> None:
     ("arguments", "message"),
     [
         (["--adaptivity", "1.5"], "Invalid adaptivity: '1.5'"),
+        (["--adaptivity", "2"], "Invalid adaptivity: '2' (adaptivity must be a number in [0, 1]"),
+        (["--adaptivity", "half"], "Invalid adaptivity: 'half' (must be a number in [0, 1], or one of constant, "),
         (["--adaptivity", "linear:1:0"], "must be linear:start:end:steps"),
         (["--adaptivity", "square:1:0"], "one of constant, linear, cosine, exponential"),
         (["--adaptivity", "linear:1:0:1.5"], "Invalid adaptivity: 'linear:1:0:1.5'"),

@@ -117,6 +117,10 @@ def test_a_schedule_is_measured(module: str) -> None:
     ("address", "settings", "words"),
     [
         ("torch.optim:Adamw", [], "torch.optim has no Adamw (it has AdamW)"),
+        ("torch.optim:AdanW", [], "torch.optim has no AdanW (it has AdamW, "),
+        ("torch.optim:Nope", [], " more)"),
+        ("optax:nope", [], "optax has no nope (it has adabelief, adadelta, "),
+        ("torch.optim", [], "torch.optim is a module (must be module:name"),
         ("torch.optimm:AdamW", [], "torch.optimm cannot be imported"),
         ("AdamW", [], "must be module:name"),
         ("torch.optim:AdamW", ["lr"], "Invalid setting: 'lr'"),
@@ -132,6 +136,13 @@ def test_what_cannot_be_run_says_why(module: str, address: str, settings: list[s
     with pytest.raises(CannotRunError, match=r".") as caught:
         identify_subject(load(address, settings))
     assert words in str(caught.value)
+
+
+def test_a_class_of_another_framework_than_was_said() -> None:
+    with pytest.raises(
+        CannotRunError, match=r"Invalid framework: 'keras' \(torch.optim:AdamW is an optimizer of torch\)"
+    ):
+        load("torch.optim:AdamW", kind="keras")
 
 
 def test_the_command_line(capsys: pytest.CaptureFixture[str]) -> None:

@@ -154,6 +154,11 @@ ENTRY_POINTS = [
         "ada2ms.tf needs keras, which is not installed: pip install 'ada2ms[tf]'",
     ),
     (
+        "timm",
+        ["ada2ms.timm", "train.py"],
+        "ada2ms.timm needs timm, which is not installed: pip install 'ada2ms[timm]'",
+    ),
+    (
         "mpmath",
         ["tests.golden", "--check"],
         "making or checking golden vectors needs mpmath, which is not installed: pip install 'ada2ms[dev]'",

@@ -10,7 +10,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch_support import assert_same, give_gradients, parameters, shared_numbers
 
-from ada2ms.torch import Ada2MS
+from ada2ms.core import Linear
+from ada2ms.torch import Ada2MS, export_state, import_state, measure
 from support import needs_compiler
 
 
@@ -143,3 +144,33 @@ def test_fused_excludes_foreach_and_differentiable() -> None:
         Ada2MS([p], fused=True, foreach=True)
     with pytest.raises(RuntimeError, match="`fused` does not support `differentiable`"):
         Ada2MS([p], fused=True, differentiable=True)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"scope": "tensor"},
+        {"capturable": True},
+        {"max_norm": 0.1, "nonfinite": "skip"},
+        {"adaptivity": Linear(1, 0, 9)},
+    ],
+    ids=str,
+)
+def test_the_default_device_decides_nothing(options: dict[str, Any]) -> None:
+    """Not of a step, nor of a load, a hand-off or a measurement: "meta", of which no value can be read, shows it."""
+    found = []
+    for device in ("cpu", "meta"):
+        params = parameters()
+        optimizer = Ada2MS([{"params": params[:2]}, {"params": params[2:], "betas": (0.9, 0.9)}], **options)
+        for step in range(3):
+            give_gradients(params, step)
+            with torch.device(device):
+                optimizer.step()
+                optimizer.load_state_dict(optimizer.state_dict())
+                numbers = measure(optimizer, wait=True)
+        model = nn.ParameterList(params)
+        with torch.device(device):
+            import_state(model, optimizer, export_state(model, optimizer))
+        found.append((params, optimizer.state_dict()["state"], numbers))
+    torch.testing.assert_close(found[1], found[0], rtol=0, atol=0)

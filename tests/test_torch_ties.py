@@ -300,6 +300,18 @@ def test_a_state_dict_that_is_refused_changes_nothing(bad: dict[str, Any]) -> No
     train(optimizer, range(2, 3))
 
 
+@pytest.mark.parametrize("other", [torch.optim.SGD, torch.optim.Adamax, torch.optim.RMSprop])
+def test_the_state_of_an_optimizer_of_another_kind_is_refused(other: Any) -> None:
+    _, _, optimizer = pair()
+    groups = [{"params": group["params"]} for group in optimizer.param_groups]
+    another = other(groups, **({"momentum": 0.9} if other is torch.optim.SGD else {}))
+    train(another, range(2))
+    before, saved = (copy.deepcopy(x.state_dict()) for x in (optimizer, another))
+    with pytest.raises(ValueError, match=r"Invalid state_dict: it has \[.*\(must be of Ada2MS, AdamW or Adam\)"):
+        optimizer.load_state_dict(saved)
+    assert optimizer.state_dict() == before
+
+
 @pytest.mark.parametrize("b2", [0.999, 0.9])
 def test_a_derivative_through_a_later_start(b2: float) -> None:
     """Of a step's gradient, while a second parameter starts in the next step; against a finite difference."""

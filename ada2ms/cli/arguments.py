@@ -13,19 +13,23 @@ def adaptivity(text: str) -> Scheduled:
     """A number in [0, 1], or the kind and the fields of a schedule, such as `linear:1:0:200`, `exponential:1:0:50`."""
     kind, *values = text.split(":")
     try:
-        if not values:
-            number = float(kind)
+        if kind not in schedules.KINDS:
+            try:
+                number = float(text)
+            except ValueError:
+                kinds = ", ".join(schedules.KINDS)
+                raise ValueError(f"must be a number in [0, 1], or one of {kinds} with its fields") from None
             check("adaptivity", number)
             return number
-        if kind not in schedules.KINDS:
-            raise ValueError(f"must be a number, or one of {', '.join(schedules.KINDS)} with its fields")
         names = [field.name for field in fields(schedules.KINDS[kind])]
         if len(values) != len(names):
             raise ValueError(f"must be {':'.join([kind, *names])}")
         given = {name: int(x) if name == "steps" else float(x) for name, x in zip(names, values, strict=True)}
         return schedules.from_dict({"schedule": kind, **given})
     except (TypeError, ValueError) as error:
-        raise argparse.ArgumentTypeError(f"Invalid adaptivity: {text!r} ({error})") from None
+        _, _, allowed = str(error).partition(" (")  # of an error that names the value itself
+        reason = allowed.removesuffix(")") or str(error)
+        raise argparse.ArgumentTypeError(f"Invalid adaptivity: {text!r} ({reason})") from None
 
 
 def whole_number(argument: str, smallest: int) -> Callable[[str], int]:

@@ -6,6 +6,7 @@ import inspect
 import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from difflib import get_close_matches
 from typing import Any, Final
 
 import numpy as np
@@ -51,9 +52,14 @@ def load(address: str, settings: Sequence[str] = (), kind: str | None = None) ->
     name = address.replace(":", ".")  # by which the catalogue may know it
     if _is_a(factory, "optax", "GradientTransformation"):
         return _optax(name, lambda **_: factory, given)
+    if inspect.ismodule(factory):
+        raise CannotRunError(f"{address} is a module (must be module:name, such as torch.optim:AdamW)")
     if not callable(factory):
         raise CannotRunError(f"{address} is {type(factory).__name__} {factory!r:.60} (must be a class or a function)")
-    kind = kind or _kind(factory, given)
+    seen = _kind_of_class(factory)
+    if kind and seen and kind != seen:
+        raise CannotRunError(f"Invalid framework: {kind!r} ({address} is an optimizer of {seen})")
+    kind = kind or seen or _kind(factory, given)
     try:
         return _MAKERS[kind](name, factory, _arguments(factory, given, kind))
     except AttributeError as error:
@@ -74,11 +80,25 @@ def _attribute(address: str) -> Any:
         raise CannotRunError(f"{module} cannot be imported: {error}") from error
     for part in path.split("."):
         if not hasattr(found, part):
-            near = [name for name in dir(found) if name.lower() == part.lower()]
-            there = near or [name for name in dir(found) if name[:1].isupper() and not name.startswith("_")]
-            raise CannotRunError(f"{module} has no {part} (it has {', '.join(there[:12]) or 'nothing of the kind'})")
+            raise CannotRunError(f"{module} has no {part} (it has {_there(found, part)})")
         found = getattr(found, part)
     return found
+
+
+def _there(found: Any, wanted: str, most: int = 12) -> str:
+    """What a module has of nearly this name; else optimizers, or whatever can be called, and how many more."""
+    names = [name for name in dir(found) if not name.startswith("_") and callable(getattr(found, name, None))]
+    near = [name for name in names if name.lower() == wanted.lower()] or get_close_matches(wanted, names, n=most)
+    some = near or [name for name in names if _may_be_optimizer(getattr(found, name))] or names
+    rest = f" and {len(some) - most} more" if len(some) > most else ""
+    return ", ".join(some[:most]) + rest or "nothing of the kind"
+
+
+def _may_be_optimizer(thing: Any) -> bool:
+    """A class of an optimizer, or a function that has what a factory of one begins with."""
+    if isinstance(thing, type):
+        return _kind_of_class(thing) is not None and thing.__name__ != "Optimizer"
+    return next(iter(_parameters(thing)), "") in (*_SYNONYMS["lr"], "params")
 
 
 def _setting(text: str) -> tuple[str, Any]:
@@ -97,12 +117,16 @@ def _is_a(thing: Any, module: str, name: str) -> bool:
     return any(c.__module__.partition(".")[0] == module and c.__name__ == name for c in classes)
 
 
+def _kind_of_class(thing: Any) -> str | None:
+    """The framework whose optimizer a class is."""
+    return next(
+        (kind for kind in ("torch", "keras") if isinstance(thing, type) and _is_a(thing, kind, "Optimizer")), None
+    )
+
+
 def _kind(factory: Callable[..., Any], given: Mapping[str, Any]) -> str:
-    """What a class is, or what a function returns when it is called as each framework would."""
+    """What a class of no framework is, or what a function returns when it is called as each framework would."""
     if isinstance(factory, type):
-        for kind, module, name in (("torch", "torch", "Optimizer"), ("keras", "keras", "Optimizer")):
-            if _is_a(factory, module, name):
-                return kind
         return "numpy"
     first = next(iter(_parameters(factory)), "")
     if first in ("params", "parameters", "model_params"):

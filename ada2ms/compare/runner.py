@@ -22,6 +22,7 @@ from filelock import FileLock, Timeout
 from ada2ms.compare.data import LOADERS, Data, load_cifar
 from ada2ms.compare.protocol import EVERY_TASK, Protocol, Record, Run
 from ada2ms.core.atomic import write_whole
+from ada2ms.torch.drive import lacks
 
 
 class CompareError(Exception):
@@ -51,8 +52,10 @@ def compare(
         The records by the key of their runs.
 
     Raises:
-        CompareError: the folder holds another comparison or is in use, or CIFAR is not to be had.
+        CompareError: the folder holds another comparison or is in use, or CIFAR or the device is not to be had.
     """
+    if reason := lacks(device, "float32"):
+        raise CompareError(f"Invalid device: {device!r} ({reason})")
     if cifar is None and any(EVERY_TASK[task].data == "CIFAR" for task in protocol.tasks):
         raise CompareError("The tasks with CIFAR need its folder (--cifar FOLDER)")
     if cifar is not None:

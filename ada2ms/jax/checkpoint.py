@@ -92,7 +92,9 @@ def _from_msgpack(path: Path) -> Tree:
     except OSError:
         raise
     except Exception as error:  # of many kinds: msgpack's own, NumPy's
-        raise StateError(f"Cannot read {str(path)!r}", [f"flax.serialization.msgpack_restore: {error}"]) from None
+        raise StateError(
+            f"Cannot read {str(path)!r}", [f"flax.serialization.msgpack_restore: {type(error).__name__}: {error}"]
+        ) from None
 
 
 def _from_orbax(path: Path) -> Tree:

@@ -40,8 +40,8 @@ def prepare(options: Options, updates: optax.Updates, state: AnyState, params: o
     """Leaves that have no moments are left alone, whatever they are: models of Equinox have functions among them."""
     if not hasattr(state, "mu"):
         raise TypeError(
-            f"Invalid state: {type(state).__name__} (must be the {ScaleByAda2MSState.__name__} of this transformation's "
-            "init; what wraps it, such as optax.chain, has one of its own)"
+            f"Invalid state: {type(state).__name__} (must be the {ScaleByAda2MSState.__name__} of this "
+            "transformation's init; what wraps it, such as optax.chain, has one of its own)"
         )
     tree: Any = jax.tree.structure(state.mu, is_leaf=lambda x: x is None)
     every = tree.flatten_up_to(state.mu)

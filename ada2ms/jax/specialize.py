@@ -29,7 +29,7 @@ def specialized(f: F) -> F:
     def call(**arguments: Any) -> Any:
         constants = tuple((name, x) for name, x in arguments.items() if _is_constant(x))
         others = {name: x for name, x in arguments.items() if not _is_constant(x)}
-        if jax.config.jax_disable_jit:  # then numbers in lists are not made arrays, as which they are computed with
+        if jax.config.jax_disable_jit:  # type: ignore[attr-defined]  # then nothing makes arrays of numbers in lists
             others = jax.tree.map(jnp.asarray, others)
         return compiled(constants, others)
 

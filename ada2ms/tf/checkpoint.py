@@ -24,7 +24,9 @@ def read(path: Path) -> State:
     try:
         model = keras.saving.load_model(path)
     except Exception as error:  # of many kinds: zip's, JSON's, HDF5's, Keras' own
-        raise StateError(f"Cannot read {str(path)!r}", [f"keras.saving.load_model: {error}"]) from None
+        raise StateError(
+            f"Cannot read {str(path)!r}", [f"keras.saving.load_model: {type(error).__name__}: {error}"]
+        ) from None
     if getattr(model, "optimizer", None) is None:
         raise StateError(f"Cannot read {str(path)!r}", ["its model was not compiled: it has no optimizer"])
     return export_state(model, model.optimizer, **plain_layers(model))

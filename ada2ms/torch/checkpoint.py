@@ -37,7 +37,9 @@ def read(path: Path, names: Sequence[str] | None = None) -> State:
     except OSError:
         raise
     except Exception as error:  # of many kinds: pickle's, zip's, torch's own
-        raise StateError(f"Cannot read {str(path)!r}", [f"torch.load(weights_only=True): {error}"]) from None
+        raise StateError(
+            f"Cannot read {str(path)!r}", [f"torch.load(weights_only=True): {type(error).__name__}: {error}"]
+        ) from None
     held: Mapping[str, Any] = content if isinstance(content, Mapping) else {}
     optimizer = held if "param_groups" in held else next((held[key] for key in _OPTIMIZER if key in held), None)
     if isinstance(optimizer, list) and len(optimizer) == 1:

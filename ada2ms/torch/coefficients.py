@@ -15,6 +15,7 @@ from torch import Tensor
 from ada2ms.core import coefficients as rule
 from ada2ms.core.coefficients import Coefficients
 from ada2ms.torch.kernels import Scalar, group_indices, of_each, smallest_normal
+from ada2ms.torch.numbers import as_tensor
 
 
 def bias_correction(beta: Scalar, count: Any, dtype: torch.dtype) -> Any:
@@ -133,4 +134,4 @@ def _vector(numbers: Sequence[Scalar], device: torch.device) -> Any:
     """The number that all of these are; or a vector of tensors."""
     if not _differ(numbers):
         return numbers[0]
-    return torch.stack([torch.as_tensor(x).to(device) for x in numbers])
+    return torch.stack([as_tensor(x).to(device) for x in numbers])

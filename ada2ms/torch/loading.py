@@ -36,11 +36,13 @@ def translate(optimizer: Optimizer, state_dict: StateDict) -> StateDict:
     """A state dict of Ada2MS, of an earlier version of it or of AdamW, as `Ada2MS.__setstate__` takes it.
 
     Raises:
-        TypeError, ValueError: what is the optimizer's differs among groups, or an adaptivity is not allowed.
+        TypeError, ValueError: what is the optimizer's differs among groups, an adaptivity is not allowed, or the state
+            is that of an optimizer of another kind.
     """
     groups = [dict(group) for group in state_dict["param_groups"]]
     if len(groups) != len(optimizer.param_groups):
         return state_dict  # torch raises
+    _check_kind(groups, state_dict["state"])
     for group, own in zip(groups, optimizer.param_groups, strict=True):
         for key in own.keys() - group.keys() - {"params", "param_names"}:
             group[key] = own[key]
@@ -55,6 +57,24 @@ def translate(optimizer: Optimizer, state_dict: StateDict) -> StateDict:
         if isinstance(state.get(pid), dict):
             state[pid] = {k: Kept(x) if isinstance(x, Tensor) and k != "step" else x for k, x in state[pid].items()}
     return {**state_dict, "state": state, "param_groups": groups}
+
+
+def _check_kind(groups: list[dict[str, Any]], state: Mapping[Any, Any]) -> None:
+    """Raises for the state of an optimizer without both moments, whose learning rate means something else, too.
+
+    What a user keeps in the state of a parameter that has had no update is no such state.
+    """
+    for group in groups:
+        for pid in group["params"]:
+            values = state.get(pid)
+            if not isinstance(values, dict) or not any(isinstance(x, Tensor) for x in values.values()):
+                continue
+            moments = {"exp_avg", "exp_avg_sq"} & values.keys()
+            if len(moments) == 1 or not (moments or "betas" in group):
+                found = sorted(map(str, values))
+                raise ValueError(
+                    f"Invalid state_dict: it has {found} of a parameter (must be of Ada2MS, AdamW or Adam)"
+                )
 
 
 def without_stale(state_dict: Mapping[str, Any]) -> dict[Any, Any]:

@@ -12,7 +12,7 @@ from ada2ms.core.coefficients import by_roots
 from ada2ms.core.hyperparameters import value_at
 from ada2ms.torch.coefficients import bias_correction, coefficients
 from ada2ms.torch.groups import named_parameters
-from ada2ms.torch.numbers import known_to_host
+from ada2ms.torch.numbers import as_tensor, known_to_host
 from ada2ms.torch.optimizer import Ada2MS
 from ada2ms.torch.reduce import all_reduced_sum, local
 from ada2ms.torch.shared import COMPENSATION, SKIPPED, K, S
@@ -112,7 +112,9 @@ class _Group(NamedTuple):
 def _group(optimizer: Ada2MS, group: dict[str, Any]) -> tuple[_Group, Number]:
     """The numbers of a group, and its k: 0 before the first update."""
     every = (p for other in (group, *optimizer.param_groups) for p in other["params"])
-    state: dict[str, Any] = next((x for p in every if K in (x := optimizer.state.get(p, {}))), {K: torch.zeros(())})
+    state: dict[str, Any] = next(
+        (x for p in every if K in (x := optimizer.state.get(p, {}))), {K: torch.zeros((), device="cpu")}
+    )
     k: Tensor = state[K]
     if known_to_host(group, k):
         count: Number = float(k)
@@ -242,6 +244,6 @@ def _on_host(found: dict[str, Number]) -> dict[str, float]:
     read: dict[str, float] = {}
     for device, some in by_device.items():
         dtype = torch.float32 if device.type == "mps" else torch.float64
-        stack = torch.stack([torch.as_tensor(found[name]).reshape(()).to(dtype) for name in some])
+        stack = torch.stack([as_tensor(found[name]).reshape(()).to(dtype) for name in some])
         read.update(zip(some, stack.tolist(), strict=True))
     return {name: read[name] if name in read else float(x) for name, x in found.items()}

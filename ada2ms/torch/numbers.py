@@ -69,4 +69,9 @@ def numpy(tensor: Tensor) -> Any:
 
 def tensor(array: Any) -> Tensor:
     """A tensor of its own, contiguous."""
-    return torch.tensor(np.ascontiguousarray(array).reshape(array.shape))
+    return torch.tensor(np.ascontiguousarray(array).reshape(array.shape), device="cpu")
+
+
+def as_tensor(value: Any) -> Tensor:
+    """A tensor as it is, a number as one on the CPU: `torch.as_tensor` moves either to the default device."""
+    return value if isinstance(value, Tensor) else torch.tensor(value, device="cpu")

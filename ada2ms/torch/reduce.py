@@ -45,7 +45,7 @@ def numel(tensor: Tensor) -> int:
 def squares(parts: list[Tensor], dtype: torch.dtype) -> Tensor:
     """sum(g*g) of each of these plain real tensors, summed in at least float32, without a copy of any."""
     if not parts:
-        return torch.zeros(0, dtype=dtype)
+        return torch.zeros(0, dtype=dtype, device="cpu")
     norms: dict[int, Tensor] = {}
     if not (torch.compiler.is_compiling() or torch.is_grad_enabled()):
         many = [i for i, part in enumerate(parts) if part.is_cuda or (part.is_cpu and part.numel() <= _ROWS * _ROW)]

@@ -89,7 +89,7 @@ def make_moments(p: Tensor, state: State, group: dict[str, Any]) -> None:
     device = p.device if counts_on_device(group, p.device) else "cpu"
     shared = {key: state.pop(key) for key in SHARED if key in state}
     if group["scope"] == "tensor":
-        shared.setdefault(S, torch.zeros(()))
+        shared.setdefault(S, torch.zeros((), device="cpu"))
     state["step"] = torch.zeros((), dtype=count_dtype(group["fused"]), device=device)
     state["exp_avg"] = torch.zeros_like(p, dtype=compute_dtype(p.dtype), memory_format=torch.preserve_format)
     state["exp_avg_sq"] = torch.zeros_like(p, dtype=compute_dtype(p.dtype), memory_format=torch.preserve_format)

@@ -23,7 +23,7 @@ from ada2ms.torch.clip import clip_factor, square_sum
 from ada2ms.torch.coefficients import bias_correction, coefficients
 from ada2ms.torch.kernels import Options, Scalar, at, group_indices
 from ada2ms.torch.kernels.choose import Kernel, choose, is_single
-from ada2ms.torch.numbers import known_to_host, number
+from ada2ms.torch.numbers import as_tensor, known_to_host, number
 from ada2ms.torch.reduce import (
     all_reduced_sum,
     all_reduced_sum_over,
@@ -143,7 +143,7 @@ def sums_of_squares(groups: Sequence[ParamLists], inv_scale: Tensor | None, dtyp
             x = x * inv_scale.to(x.device).square()
         found.append(x.to(found[0].device if found else x.device, dtype))
     if not found:
-        return torch.zeros(0, dtype=dtype)
+        return torch.zeros(0, dtype=dtype, device="cpu")
     return torch.cat(found) if len(found) > 1 else found[0]
 
 
@@ -300,7 +300,7 @@ def _corrected(lists: ParamLists, hyper: Hyper) -> list[Scalar]:
     if hyper.on_host:
         corrections: Any = [bias_correction(hyper.beta2, t.item(), dtype) for t in counts]
     else:
-        stack = torch.as_tensor(bias_correction(hyper.beta2, torch.stack([t.to(device) for t in counts]), dtype))
+        stack = as_tensor(bias_correction(hyper.beta2, torch.stack([t.to(device) for t in counts]), dtype))
         corrections = [x if x.is_cpu else x.to(s.device) for x, s in zip(stack, averages, strict=True)]
     return list(torch._foreach_div(averages, corrections))
 

@@ -246,12 +246,12 @@ def to_state(entries: Sequence[Entry], *, own_s: bool) -> dict[int, dict[str, Te
     for index, entry in enumerate(entries):
         if entry.step or np.any(0 if entry.compensation is None else entry.compensation):
             state[index] = {
-                "step": torch.tensor(float(entry.step), dtype=torch.float32),
+                "step": torch.tensor(float(entry.step), dtype=torch.float32, device="cpu"),
                 "exp_avg": tensor(entry.exp_avg),
                 "exp_avg_sq": tensor(entry.exp_avg_sq),
             }
             if own_s and entry.global_exp_avg_sq is not None:
-                state[index][shared.S] = torch.tensor(entry.global_exp_avg_sq, dtype=torch.float64)
+                state[index][shared.S] = torch.tensor(entry.global_exp_avg_sq, dtype=torch.float64, device="cpu")
             if entry.compensation is not None:
                 state[index][shared.COMPENSATION] = tensor(entry.compensation)
     return state
@@ -345,12 +345,12 @@ def set_shared_numbers(state_dict: Mapping[str, Any], pairs: Sequence[tuple[floa
         pairs: s and k of each group; s is None with scope "tensor", where groups get one tensor for k.
         skipped: the number of skipped steps.
     """
-    state, n = state_dict["state"], torch.tensor(float(skipped), dtype=torch.float32)
-    counts = {k: torch.tensor(float(k), dtype=torch.float32) for _, k in pairs}
+    state, n = state_dict["state"], torch.tensor(float(skipped), dtype=torch.float32, device="cpu")
+    counts = {k: torch.tensor(float(k), dtype=torch.float32, device="cpu") for _, k in pairs}
     for group, (s, k) in zip(state_dict["param_groups"], pairs, strict=True):
         numbers = {shared.K: counts[k], shared.SKIPPED: n}
         if s is not None:
-            numbers[shared.S] = torch.tensor(s, dtype=torch.float64)
+            numbers[shared.S] = torch.tensor(s, dtype=torch.float64, device="cpu")
             numbers[shared.K] = counts[k].clone()
         started = [i for i in group["params"] if i in state]
         if not started and (k or skipped):

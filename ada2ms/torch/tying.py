@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from ada2ms.torch.coefficients import bias_correction
-from ada2ms.torch.numbers import compute_dtype, count, count_dtype, number
+from ada2ms.torch.numbers import as_tensor, compute_dtype, count, count_dtype, number
 from ada2ms.torch.reduce import mean, numel
 from ada2ms.torch.shared import (
     SHARED,
@@ -277,13 +277,14 @@ class _Tying:
                 (s, k), others = models
                 if s is not None:
                     t, b2s = k.double(), (self.b2(members), self.b2(others))
-                    new, old = (torch.as_tensor(bias_correction(b2, t, torch.float64)) for b2 in b2s)
+                    new, old = (as_tensor(bias_correction(b2, t, torch.float64)) for b2 in b2s)
                     s = s * (new / old).to(s.device)
                 pair: Pair = s, k.clone()
             elif lacking:
                 pair = self.warm(states)
             else:
-                pair = torch.zeros(()) if self.model else None, torch.zeros((), dtype=count_dtype())
+                zero = torch.zeros((), dtype=count_dtype(), device="cpu")
+                pair = zero.clone() if self.model else None, zero
             for i in members:
                 pairs[i] = pair
         if not self.model:
@@ -338,7 +339,7 @@ class _Tying:
 
     def skipped(self) -> Tensor:
         distinct = {id(x[SKIPPED]): x[SKIPPED] for _, x in self.all_started() if SKIPPED in x}
-        values = list(distinct.values()) or [torch.zeros((), dtype=count_dtype())]
+        values = list(distinct.values()) or [torch.zeros((), dtype=count_dtype(), device="cpu")]
         if not distinct and self.last is not None:
             values = [self.last.skipped]
         most = values[0] if len(values) == 1 else max(values, key=float)
