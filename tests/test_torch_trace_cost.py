@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch_support import Operations
 
-from ada2ms.core.trace import Trace
+from ada2ms.core.trace import Trace, native
 from ada2ms.core.trace.sketch import codes, resolution, sketch
 from ada2ms.torch import Recorder, sketches
 from ada2ms.torch.sketches import Sketcher
@@ -35,12 +35,17 @@ def tensors(dtype: torch.dtype, device: str, seed: int = 0) -> list[Tensor | Non
 
 
 def compare(device: str, dtypes: tuple[str, ...]) -> None:
-    """Sketches of tensors of several types at once, again after they have changed in place, and of others."""
+    """Triton's kernels with NumPy."""
     from ada2ms.torch import sketches_cuda
 
     if device == "cpu":  # smaller parts, for Triton's interpreter is slow
         sketches.sketches_plain = sketches_cuda  # type: ignore[attr-defined]
         sketches_cuda._CHUNK, sketches_cuda._BLOCK, sketches_cuda._PARTS = 1024, 256, 2
+    compare_with_numpy(device, dtypes)
+
+
+def compare_with_numpy(device: str, dtypes: tuple[str, ...]) -> None:
+    """Sketches of tensors of several types at once, again after they have changed in place, and of others."""
     every = [x for dtype in dtypes for x in tensors(getattr(torch, dtype), device)]
     like = [torch.zeros(5) if x is None else x for x in every]
     params = [nn.Parameter(x.detach().clone()) for x in like]
@@ -59,6 +64,74 @@ def compare(device: str, dtypes: tuple[str, ...]) -> None:
         for x in given:
             if x is not None:
                 x.mul_(-3)
+
+
+@pytest.fixture(scope="module")
+def library(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """The sums in C++, compiled into a cache of their own."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
+        found = native.library.__wrapped__()
+    if found is None:
+        pytest.skip("there is no compiler of C++")
+    return found
+
+
+@pytest.fixture
+def compiled(library: Any, monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Has models of any size summed in C++; the list has how many tensors were, by call."""
+    calls: list[int] = []
+    whole = native.Sums.__call__
+
+    def noted(self: native.Sums, addresses: Any, *rest: Any) -> Any:
+        calls.append(len(addresses))
+        return whole(self, addresses, *rest)
+
+    monkeypatch.setattr(native, "library", lambda: library)
+    monkeypatch.setattr(native, "ENTRIES", 0)
+    monkeypatch.setattr(native.Sums, "__call__", noted)
+    return calls
+
+
+def test_the_sums_in_cpp(compiled: list[int]) -> None:
+    """In every layout and type."""
+    compare_with_numpy("cpu", native.DTYPES)
+    assert compiled == [4 * (len(tensors(torch.float32, "cpu")) - 1)] * 3
+
+
+def test_a_recorder_of_a_large_model_sums_in_cpp(
+    compiled: list[int], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """From a number of entries on; what has no gradient is left out, and complex numbers are pairs."""
+    params = {
+        "a": nn.Parameter(torch.randn(30, 40)),
+        "b": nn.Parameter(torch.randn(50)),
+        "c": nn.Parameter(torch.randn(7, 3, dtype=torch.complex64)),
+    }
+    for p in list(params.values())[::2]:
+        p.grad = torch.randn_like(p)
+    found = []
+    for entries in (1292, 1293):
+        monkeypatch.setattr(native, "ENTRIES", entries)
+        optimizer = torch.optim.SGD(params.values(), lr=0.0)
+        with Recorder(tmp_path / "run", params, optimizer):
+            optimizer.step()
+        found.append(Trace.load(tmp_path / "run").steps[0])
+    assert compiled == [5, 3]
+    assert found[0].missing.tolist() == found[1].missing.tolist() == [False, True, False]
+    for what in ("value", "gradient"):
+        here, there = (step.sketches[what] for step in found)
+        assert np.array_equal(np.isnan(here), np.isnan(there))
+        assert np.nanmax(np.abs(here - there)) <= 2 * resolution("float32") * np.nanmax(there[:, 0])
+
+
+def test_what_is_negative_by_a_flag_is_summed_by_torch(compiled: list[int]) -> None:
+    params = [nn.Parameter(torch.ones(1))]
+    sketcher = Sketcher(params, parameters({"x": params[0]}, torch.optim.SGD(params), None, None))
+    norm, *sums = sketch(np.ones(1))
+    for x, sign in ((torch.ones(1), 1), (torch._neg_view(torch.ones(1)), -1)):
+        assert sketcher([x])[0].tolist() == [norm, *(sign * each for each in sums)]
+        assert compiled == [1]
 
 
 @pytest.mark.skipif(find_spec("triton") is None, reason="Triton is not installed (it comes with torch for CUDA)")

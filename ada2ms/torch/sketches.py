@@ -2,6 +2,7 @@
 
 import functools
 import importlib
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -9,9 +10,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ada2ms.core.trace import Parameter
+from ada2ms.core.trace import Parameter, native
 from ada2ms.core.trace.sketch import WIDTH, Codes, codes
-from ada2ms.torch import sketches_plain
+from ada2ms.torch import sketches_cpu, sketches_plain
 from ada2ms.torch.reduce import all_reduced_sum, are_plain, local
 
 Sums = Callable[[Sequence[Tensor | None], Sequence[Codes]], Tensor]
@@ -76,9 +77,15 @@ class Sketcher:
 
     def _sums_on(self, device: torch.device) -> Sums:
         if device not in self._sums:
-            on_cuda = _on_cuda() if device.type == "cuda" else None
-            self._sums[device] = (sketches_plain if on_cuda is None else on_cuda).Sums(device)
+            self._sums[device] = self._new_sums_on(device)
         return self._sums[device]
+
+    def _new_sums_on(self, device: torch.device) -> Sums:
+        if device.type == "cpu" and native.is_available(sum(math.prod(shape) for shape, *_ in self._where)):
+            return sketches_cpu.Sums()
+        on_cuda = _on_cuda() if device.type == "cuda" else None
+        found: Sums = (sketches_plain if on_cuda is None else on_cuda).Sums(device)
+        return found
 
 
 def _laid_out(x: Tensor) -> tuple[Tensor, tuple[int, ...] | None]:

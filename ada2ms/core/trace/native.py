@@ -1,0 +1,145 @@
+"""Sums of sketches by C++, where there are many entries and the system has a compiler; as NumPy's, to the resolution.
+
+`sketch.cpp` is compiled on first use, which takes some two seconds, and stays in the user's cache. Where that fails,
+for whatever reason, there is none, and callers do without.
+"""
+
+import contextlib
+import ctypes
+import functools
+import hashlib
+import os
+import platform
+import shlex
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Final
+
+import numpy as np
+
+from ada2ms.core.trace.sketch import WIDTH, Array, Codes
+
+ENTRIES: Final = 1 << 20  # of a model, from which on it is worth while
+DTYPES: Final = ("float32", "float64", "bfloat16", "float16")  # in the order of sketch.cpp's Type
+_SOURCE: Final = Path(__file__).with_name("sketch.cpp")
+_FLAGS: Final = ("-std=c++17", "-O3", "-fno-math-errno", "-fno-trapping-math", "-fPIC", "-shared", "-pthread")
+_SECONDS: Final = 60.0  # after which a compiler is given up
+
+
+def is_available(entries: int) -> bool:
+    """Whether a model of so many entries is to be summed here; compiles if need be."""
+    return entries >= ENTRIES and library() is not None
+
+
+class Sums:
+    """Squares and signed sums of tensors, given where they are."""
+
+    def __init__(self) -> None:
+        self._places: dict[int, tuple[Codes, tuple[int, ...]]] = {}
+
+    def __call__(self, addresses: Sequence[int], dtypes: Sequence[str], codes: Sequence[Codes], threads: int) -> Array:
+        """float64, (tensors, WIDTH); the same whatever the number of threads.
+
+        Args:
+            addresses: of the first entry of each; entries are contiguous, in the order of the codes.
+            dtypes: of each, among DTYPES.
+            codes: of each; what comes again is best the same object.
+            threads: at most how many to use.
+
+        Raises:
+            MemoryError: there is none left.
+        """
+        each = zip(addresses, dtypes, codes, strict=True)
+        rows = [(address, *self._place(c), DTYPES.index(dtype)) for address, dtype, c in each]
+        table = np.array(rows, np.int64).reshape(-1, 6)
+        result = np.empty((len(rows), WIDTH))
+        if library().ada2ms_sums(len(rows), table.ctypes.data, threads, result.ctypes.data):
+            raise MemoryError("No memory for the sums of sketches")
+        return result
+
+    def _place(self, codes: Codes) -> tuple[int, ...]:
+        """Where codes are, and how many; they are kept, and stay there."""
+        if id(codes) not in self._places:
+            rows, columns = codes
+            self._places[id(codes)] = codes, (rows.ctypes.data, columns.ctypes.data, len(rows), len(columns))
+        return self._places[id(codes)][1]
+
+
+@functools.cache
+def library() -> Any:
+    """The compiled source; None if it cannot be had."""
+    compiler = _compiler()
+    if compiler is None:
+        return None
+    flags = [*_FLAGS, *_instructions()]
+    about = repr((compiler, flags, platform.machine(), platform.libc_ver()))  # machines that differ may share a cache
+    name = f"sketch-{_digest(_SOURCE.read_bytes() + about.encode())}"
+    cache = _cache()
+    with contextlib.suppress(OSError):
+        for kept in [] if cache is None else sorted(cache.glob(f"{name}-*.so")):
+            if kept.stem == f"{name}-{_digest(kept.read_bytes())}":  # half a library would end the process
+                return _loaded(kept)
+    try:
+        with _folder(cache) as folder:
+            made = Path(folder, f"{name}.so")
+            command = [*compiler, *flags, str(_SOURCE), "-o", str(made)]
+            quiet = subprocess.DEVNULL
+            subprocess.run(command, check=True, stdin=quiet, stdout=quiet, stderr=quiet, timeout=_SECONDS)
+            found = _loaded(made)
+            if made.parents[1] == cache:
+                made.replace(cache / f"{name}-{_digest(made.read_bytes())}.so")  # at once, whoever else does the same
+            return found
+    except (OSError, subprocess.SubprocessError):
+        return None
+
+
+def _digest(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()[:16]
+
+
+def _loaded(path: Path) -> Any:
+    found = ctypes.CDLL(str(path))
+    found.ada2ms_sums.argtypes = [ctypes.c_int64, ctypes.c_void_p, ctypes.c_int64, ctypes.c_void_p]
+    found.ada2ms_sums.restype = ctypes.c_int
+    return found
+
+
+def _compiler() -> list[str] | None:
+    """The command of the system's compiler of C++; None if there is none that knows GCC's vectors."""
+    if sys.platform == "win32":
+        return None
+    if given := shlex.split(os.environ.get("CXX", "")):
+        return given
+    return next(([found] for name in ("c++", "g++", "clang++") if (found := shutil.which(name))), None)
+
+
+def _instructions() -> list[str]:
+    """Flags for what the processor has beside the least of its kind; Linux tells it."""
+    flags = ("avx2", "fma", "f16c")
+    try:
+        known = set(Path("/proc/cpuinfo").read_text().split())
+    except OSError:
+        return []
+    return [f"-m{flag}" for flag in flags] if known.issuperset(flags) else []
+
+
+def _cache() -> Path | None:
+    """The user's folder for such things; None if the user has no home."""
+    given = Path(os.environ.get("XDG_CACHE_HOME", ""))
+    try:
+        return (given if given.is_absolute() else Path("~/.cache").expanduser()) / "ada2ms"
+    except RuntimeError:
+        return None
+
+
+def _folder(cache: Path | None) -> "tempfile.TemporaryDirectory[str]":
+    """A new folder in the cache, from which a file can be moved there; or elsewhere, if the cache cannot be written."""
+    if cache is not None:
+        with contextlib.suppress(OSError):
+            cache.mkdir(parents=True, exist_ok=True)
+            return tempfile.TemporaryDirectory(dir=cache)
+    return tempfile.TemporaryDirectory()
