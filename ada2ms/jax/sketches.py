@@ -1,8 +1,8 @@
 """Sketches of arrays within a compiled program; `ada2ms.core.trace.sketch` says what they are."""
 
 import math
-from collections.abc import Sequence
-from typing import Any, Final
+from collections.abc import Mapping, Sequence
+from typing import Any, Final, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -10,30 +10,86 @@ import numpy as np
 
 from ada2ms.core.trace import Parameter
 from ada2ms.core.trace.sketch import MIXING, SUMS, WIDTH
+from ada2ms.jax.order import computed_after
 
 _LONGEST: Final = 16384  # entries of a row whose products are summed in one dimension
 _SHORT: Final = 1024  # into how many of them longer ones are divided, since one running sum loses too much
+_SMALL: Final = 16384  # entries of arrays that are stacked with others of their shape, which keeps programs short
+
+
+class Sketches(NamedTuple):
+    """Of arrays.
+
+    Attributes:
+        rows: (parameters, WIDTH), float32 or wider; in place of norms they have their squares, and NaN for what is
+            missing.
+        arrays: those that were sketched, by their names.
+    """
+
+    rows: jax.Array
+    arrays: dict[str, Any]
+
+
+def sketches(arrays: Mapping[str, Any], parameters: Sequence[Parameter], *, in_turn: bool = False) -> Sketches:
+    """Sketches of arrays of which parameters are, or are parts.
+
+    Args:
+        arrays: by name; None, or left out, where there is none.
+        parameters: in the order of the sketches.
+        in_turn: whether arrays that are computed for their sketches alone are computed one after the other.
+    """
+    arrays = {name: x for name, x in arrays.items() if x is not None}
+    groups: dict[Any, list[int]] = {}
+    for i, p in enumerate(parameters):
+        groups.setdefault(_kind(arrays[p.own], p) or i if p.own in arrays else None, []).append(i)
+    rows, last = [jnp.zeros((0, WIDTH))], None
+    for kind, members in groups.items():
+        if kind is None:
+            rows.append(jnp.full((len(members), WIDTH), jnp.nan))
+            continue
+        names = [parameters[i].own for i in members]
+        if last is not None:
+            arrays |= {name: computed_after(arrays[name], last) for name in names}
+        rows.append(_rows([arrays[name] for name in names], parameters[members[0]]))
+        last = rows[-1] if in_turn else None
+    order = np.argsort([i for members in groups.values() for i in members])
+    return Sketches(jnp.concatenate(rows)[order], arrays)
 
 
 def sketch(x: Any, parameter: Parameter) -> jax.Array:
-    """The sketch of an array, float32 or wider, of shape (WIDTH,); NaN for what is missing.
+    """The sketch of an array, float32 or wider, of shape (WIDTH,); NaN for what is missing."""
+    row = sketches({parameter.own: x}, [parameter]).rows[0]
+    return row.at[0].set(jnp.sqrt(row[0]))
+
+
+def _kind(x: Any, parameter: Parameter) -> Any:
+    """What small arrays have in common that are sketched together; None for others."""
+    kind = jax.typeof(x)
+    if parameter.part is not None or not 0 < kind.size <= _SMALL:
+        return None
+    return kind.shape, kind.dtype, kind.sharding, parameter.axes
+
+
+def _rows(arrays: Sequence[Any], parameter: Parameter) -> jax.Array:
+    """(arrays, WIDTH): squares and sums of arrays of one kind.
 
     Axes are summed as they are, without a change of shape, so that a sharded array stays where it is.
-
-    Args:
-        x: the array, or None.
-        parameter: what it is of.
     """
-    if x is None:
-        return jnp.full(WIDTH, jnp.nan)
+    if len(arrays) == 1:
+        return _row(arrays[0], parameter)[None]
+    return jax.vmap(lambda x: _row(x, parameter))(jnp.stack(arrays))
+
+
+def _row(x: Any, parameter: Parameter) -> jax.Array:
+    # Without the barrier, XLA shares x*x with an optimizer's, and stores all of it for that.
+    x = jax.lax.optimization_barrier(jnp.asarray(x))  # type: ignore[no-untyped-call]
     x = x if parameter.part is None else parameter.part.take(x, jnp)
     order = list(range(x.ndim)) if parameter.axes is None else list(parameter.axes)
     if jnp.iscomplexobj(x):
         order.append(x.ndim)
         x = jnp.stack([x.real, x.imag], -1)
     wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
-    norm = jnp.sqrt(jnp.sum(jnp.square(wide)))
-    return jnp.concatenate([norm[None], _signed_sums(wide, order)])
+    return jnp.concatenate([jnp.sum(jnp.square(wide))[None], _signed_sums(wide, order)])
 
 
 def _signed_sums(x: jax.Array, order: Sequence[int]) -> jax.Array:

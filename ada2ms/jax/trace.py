@@ -30,9 +30,11 @@ from ada2ms.core.trace import Parameter, Step, TraceError, Writer
 from ada2ms.core.trace.model import empty_sketches, positions, resolve
 from ada2ms.core.trace.writer import DEFAULT_ENTRIES, DEFAULT_FLUSH, DEFAULT_FULL
 from ada2ms.jax.names import by_path
-from ada2ms.jax.sketches import sketch
+from ada2ms.jax.order import comes_from_counts, counted_after
+from ada2ms.jax.sketches import sketches
 
 Hyper = Mapping[str, float | Callable[[int], Any]]
+_DONE = np.float32(0)
 _NAMES = {"learning_rate": "lr", "beta1": "b1", "beta2": "b2"}
 
 
@@ -133,24 +135,33 @@ class Recorder:
         return np.bool_(not self._closed and self._writer.count < self._writer.full)
 
     def take(
-        self, missing: Collection[str], labels: Mapping[str, str], sketches: Any, hyper: Any, full: Any = None
-    ) -> None:
-        """Adds a step; called by the compiled program.
+        self,
+        missing: Collection[str],
+        labels: Mapping[str, str],
+        tensors: Sequence[str],
+        rows: Any,
+        hyper: Any,
+        full: Any = None,
+    ) -> Any:
+        """Adds a step; called by the compiled program, which may wait for the number that it returns.
 
         Args:
             missing: names of leaves without a gradient.
             labels: of leaves whose hyperparameters an optimizer's state has apart from others'.
-            sketches: of values, gradients and updates.
+            tensors: those that are sketched, values, gradients and updates.
+            rows: their sketches, (tensors, parameters, WIDTH), with squares of the norms.
             hyper: what states hold, by label.
             full: entries of the arrays.
         """
         if self._closed:
-            return
+            return _DONE
         self._begin(labels)
         count = self._writer.count
         step = Step(0, empty_sketches(len(self.parameters)), np.zeros(len(self.parameters), bool))
-        for what, rows in sketches.items():
-            step.sketches[what] = np.array(rows, np.float64)
+        for what, found in zip(tensors, np.array(rows, np.float64), strict=True):
+            with np.errstate(invalid="ignore"):
+                found[:, 0] = np.sqrt(found[:, 0])
+            step.sketches[what] = found
         step.missing = np.array([p.own in missing for p in self.parameters], bool)
         for told, label in self._groups or ():
             given = {name: value(count) if callable(value) else value for name, value in told.items()}
@@ -163,6 +174,7 @@ class Recorder:
         if self._writer.is_due:  # before, since the loss of this one may come after it
             self._writer.flush()
         self._writer.add(step)
+        return _DONE
 
     def _begin(self, labels: Mapping[str, str]) -> None:
         """Writes what the trace is of, in the first step: which leaves have hyperparameters of their own."""
@@ -195,18 +207,19 @@ def recorded(optimizer: optax.GradientTransformation, recorder: Recorder) -> opt
     inner = optax.with_extra_args_support(optimizer)
 
     def update_fn(updates: Any, state: Any, params: Any = None, **extra_args: Any) -> Any:
-        new_updates, new_state = inner.update(updates, state, params, **extra_args)
-        labels, hyper = injected(new_state, [p.own for p in recorder.parameters])
+        def update(state: Any) -> Any:
+            return inner.update(updates, state, params, **extra_args)
+
         if not isinstance(state, optax.MultiStepsState):
-            _send(recorder, {"value": params, "gradient": updates, "update": new_updates}, labels, hyper)
-            return new_updates, new_state
+            return _in_order(_Traced(recorder, params, updates), update, state)
+        new_updates, new_state = update(state)
 
         def send(_: Any) -> None:
             mean = getattr(optimizer, "_use_grad_mean", True)
             whole = jax.tree.map(
                 lambda acc, g: acc + (g - acc) / (state.mini_step + 1) if mean else acc + g, state.acc_grads, updates
             )
-            _send(recorder, {"value": params, "gradient": whole, "update": new_updates}, labels, hyper)
+            _Traced(recorder, params, whole).send(new_updates, new_state)
 
         jax.lax.cond(new_state.gradient_step != state.gradient_step, send, lambda _: None, 0)
         return new_updates, new_state
@@ -214,33 +227,79 @@ def recorded(optimizer: optax.GradientTransformation, recorder: Recorder) -> opt
     return optax.GradientTransformationExtraArgs(inner.init, update_fn)
 
 
-def _send(recorder: Recorder, trees: Mapping[str, Any], labels: dict[str, str], hyper: dict[str, Any]) -> None:
-    leaves = {what: by_path(tree) for what, tree in trees.items() if tree is not None}
-    known = {p.own for p in recorder.parameters}
-    if strange := sorted({name for each in leaves.values() for name in each} - known):
-        raise TraceError(
-            f"The recorder does not know these leaves: {strange} (give it the parameters of the optimizer)"
-        )
-    sketches = {
-        what: jnp.stack([sketch(found.get(p.own), p) for p in recorder.parameters]) for what, found in leaves.items()
-    }
-    missing = known - set(leaves["gradient"])
+def _in_order(traced: "_Traced", update: Callable[[Any], Any], state: Any) -> Any:
+    """What an update gives, which is recorded in an order that needs little memory.
 
-    def with_entries(_: Any) -> None:
-        full = {
-            what: {p.name: _entries(found[p.own], p, recorder.entries) for p in recorder.parameters if p.own in found}
-            for what, found in leaves.items()
-        }
-        io_callback(partial(recorder.take, missing, labels), None, sketches, hyper, full, ordered=True)
+    New parameters are written over the old; unless these have been sketched before, they are copied first. And for its
+    sketch an update has to be an array, which it is not otherwise, since it is computed where it is added to a
+    parameter. A CPU takes longer to get new memory than to compute what most optimizers compute. So there updates are
+    computed for their sketches alone, in memory that is used for one after the other, and once more for the parameters.
+    """
+    is_simple = comes_from_counts(update, state)
+    if is_simple and jax.default_backend() == "cpu":
+        alone, its_state = update(state)
+        return update(counted_after(state, *traced.send(alone, its_state, in_turn=True)))
+    if is_simple:
+        state = counted_after(state, *traced.read)
+    new_updates, new_state = update(state)
+    traced.send(new_updates, new_state)
+    return new_updates, new_state
 
-    def without(_: Any) -> None:
-        io_callback(partial(recorder.take, missing, labels), None, sketches, hyper, ordered=True)
 
-    if not recorder.keeps_entries:
-        without(0)
-        return
-    wanted = io_callback(recorder.wants_full, np.bool_(False), ordered=True)
-    jax.lax.cond(wanted, with_entries, without, 0)
+class _Traced:
+    """What a program records of a step: first of what is there before, then of the updates."""
+
+    def __init__(self, recorder: Recorder, params: Any, gradients: Any) -> None:
+        self._recorder = recorder
+        trees = {"gradient": gradients} if params is None else {"value": params, "gradient": gradients}
+        self._found = {what: sketches(self._known(tree), recorder.parameters) for what, tree in trees.items()}
+        self.read = [found.rows for found in self._found.values()]  # known when values and gradients have been read
+
+    def send(self, updates: Any, state: Any, *, in_turn: bool = False) -> list[jax.Array]:
+        """Takes it all to the host.
+
+        Args:
+            updates: of the optimizer.
+            state: after the step.
+            in_turn: whether these updates are computed to be recorded alone.
+
+        Returns:
+            Numbers that are known when all has been read.
+        """
+        recorder = self._recorder
+        found = {**self._found, "update": sketches(self._known(updates), recorder.parameters, in_turn=in_turn)}
+        rows = jnp.stack([each.rows for each in found.values()])
+        labels, hyper = injected(state, [p.own for p in recorder.parameters])
+        missing = {p.own for p in recorder.parameters} - set(found["gradient"].arrays)
+        take = partial(recorder.take, missing, labels, list(found))
+        if not recorder.keeps_entries:
+            io_callback(take, _DONE, rows, hyper, ordered=True)
+            return [rows]
+        # Those of what is computed in turn are taken in turn as well, for else all of it would have to be kept.
+        taken = {"update": self._entries(found["update"].arrays)} if in_turn else {}
+
+        def with_entries(_: Any) -> Any:
+            full = {what: taken.get(what) or self._entries(each.arrays) for what, each in found.items()}
+            return io_callback(take, _DONE, rows, hyper, full, ordered=True)
+
+        def without(_: Any) -> Any:
+            return io_callback(take, _DONE, rows, hyper, ordered=True)
+
+        wanted = io_callback(recorder.wants_full, np.bool_(False), ordered=True)
+        return [rows, jax.lax.cond(wanted, with_entries, without, 0)]
+
+    def _entries(self, arrays: Mapping[str, Any]) -> dict[str, jax.Array]:
+        each = [p for p in self._recorder.parameters if p.own in arrays]
+        return {p.name: _entries(arrays[p.own], p, self._recorder.entries) for p in each}
+
+    def _known(self, tree: Any) -> dict[str, Any]:
+        """The leaves by their names, which the recorder knows."""
+        leaves = by_path(tree)
+        if strange := sorted(set(leaves) - {p.own for p in self._recorder.parameters}):
+            raise TraceError(
+                f"The recorder does not know these leaves: {strange} (give it the parameters of the optimizer)"
+            )
+        return leaves
 
 
 def _own(x: Any, parameter: Parameter) -> Any:
