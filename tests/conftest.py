@@ -2,7 +2,7 @@
 
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from contextlib import suppress
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
@@ -49,6 +49,17 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             raise pytest.UsageError(f"{item.nodeid}: `python dev.py test` would not run it; keras is for other files")
         if "keras" in marks and f"{item.path.stem}::{item.name}".startswith(DEAR[os.environ["KERAS_BACKEND"]]):
             item.add_marker(pytest.mark.slow)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_call() -> Generator[None, object, object]:
+    """Keras before 3.10 trains on JAX by what JAX 0.8 has no more; there any optimizer fails."""
+    try:
+        return (yield)
+    except AttributeError as error:
+        if str(error) == "module 'jax' has no attribute 'spmd_mode'":
+            pytest.skip("the `fit` of this Keras does not run on this JAX, with any optimizer")
+        raise
 
 
 @pytest.fixture(autouse=True)

@@ -129,6 +129,7 @@ class Run:
             return nnx.state(model, nnx.Param)
 
         update = jax.jit(rule.update)
+        pure = nnx.as_pure if hasattr(nnx, "as_pure") else nnx.pure  # its name in flax 0.12.0
 
         def step(gradients: Mapping[str, Array]) -> Any:
             boxes, structure = flatten(params())
@@ -136,8 +137,8 @@ class Run:
                 [jax.tree.map(lambda _, p=path: jnp.asarray(gradients[p]), x) for path, x in boxes]
             )
             found = export_gradients(tree, **layers)
-            updates, new = update(*map(nnx.as_pure, (tree, optimizer.opt_state, params())))
-            nnx.update(model, optax.apply_updates(nnx.as_pure(params()), updates))
+            updates, new = update(*map(pure, (tree, optimizer.opt_state, params())))
+            nnx.update(model, optax.apply_updates(pure(params()), updates))
             nnx.update(optimizer.opt_state, nnx.state(new))
             return found
 

@@ -1,6 +1,7 @@
 """What no layout holds exactly is refused with the reason, before anything changes."""
 
 import importlib
+import inspect
 from collections.abc import Callable
 from typing import Any
 
@@ -179,8 +180,18 @@ def test_layers_of_keras_that_no_layout_holds_are_named() -> None:
     summed.layers[1].equation = "btw,two->b"  # over an axis of the kernel alone, which Keras refuses as yet
     with pytest.raises(StateError, match=r"EinsumDense, which has .*kernel"):
         plain_layers(summed)
-    scaled = layers.Dense(WIDTH)
+
+
+@pytest.mark.keras
+def test_a_scale_of_lora_in_keras_is_in_the_names() -> None:
+    import keras
+
+    from ada2ms.tf import plain_layers
+
+    scaled = keras.layers.Dense(WIDTH)
     model = keras_model(scaled)
+    if "lora_alpha" not in inspect.signature(scaled.enable_lora).parameters:
+        pytest.skip("this Keras scales no LoRA")
     scaled.enable_lora(2, lora_alpha=4)
     assert {"0.dense.lora_a_scaled", "0.dense.lora_b_scaled"} < set(plain_layers(model)["names"].values())
 

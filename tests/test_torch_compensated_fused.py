@@ -112,6 +112,7 @@ def test_the_kernel_on_cuda() -> None:
     compare("cuda")
 
 
+@pytest.mark.filterwarnings("ignore:TRITON_DEFAULT_FP_FUSION is unset:UserWarning")  # Triton 3.9; moves no bytes
 @pytest.mark.parametrize("offset", [0, 1])
 @pytest.mark.parametrize("dtype", DIGITS, ids=str)
 def test_compiled_for_cuda_it_moves_each_entry_once(

@@ -188,7 +188,8 @@ def test_groups_say_nothing_of_it_while_it_is_off() -> None:
         optimizer.add_param_group({"params": [parameter(5)], "max_norm": None})
 
 
-@pytest.mark.filterwarnings("ignore:torch.distributed is disabled:UserWarning")
+@pytest.mark.filterwarnings("ignore:torch.distributed is (disabled, )?unavailable or uninitialized:UserWarning")
+@pytest.mark.filterwarnings("ignore:TypedStorage is deprecated:UserWarning")
 @pytest.mark.parametrize("flatten", [False, True])
 def test_a_distributed_checkpoint_of_the_version_before(flatten: bool, tmp_path: Path) -> None:
     """It has no `max_norm`; torch looks for every key of the optimizer in it."""
@@ -205,9 +206,9 @@ def test_a_distributed_checkpoint_of_the_version_before(flatten: bool, tmp_path:
         assert {key.rpartition(".")[2] for key in saved if key.startswith("param_groups.")} == known
     else:
         assert saved["param_groups"][0].keys() == known | {"params"}
-    dcp.save(saved, checkpoint_id=tmp_path, no_dist=True)
+    dcp.save(saved, checkpoint_id=tmp_path)
     given = sd.get_optimizer_state_dict(nets[1], second, options=options)
-    dcp.load(given, checkpoint_id=tmp_path, no_dist=True)
+    dcp.load(given, checkpoint_id=tmp_path)
     sd.set_optimizer_state_dict(nets[1], second, optim_state_dict=given, options=options)
     assert second.param_groups[0]["lr"] == 0.5
 

@@ -203,4 +203,8 @@ def _cos(x: Any) -> Any:
     if isinstance(x, (int, float)):
         return math.cos(x)
     framework = type(x).__module__.partition(".")[0]
-    return sys.modules[_COSINES[framework]].cos(x) if framework in _COSINES else np.cos(x)
+    if framework not in _COSINES:
+        return np.cos(x)
+    package, _, module = _COSINES[framework].partition(".")
+    found = sys.modules[package]  # whose parts are attributes, and in Keras 3.5 not modules of these names
+    return (getattr(found, module) if module else found).cos(x)

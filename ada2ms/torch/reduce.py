@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 _ROW, _ROWS = 1024, 16  # what is summed at once; in how many of these it is not worth while
-_PLAIN = {Tensor, torch.nn.Parameter}
+_PLAIN = Tensor, torch.nn.Parameter  # no set: the compiler of torch 2.6 cannot look into one
 _COMPLEX = {torch.complex32, torch.complex64, torch.complex128}
 
 
@@ -20,7 +20,7 @@ def _is_sharded(tensor: Tensor) -> bool:
 
 def are_plain(tensors: Sequence[Tensor]) -> bool:
     """Whether they are whole and real, so that `local` would give them back."""
-    return set(map(type, tensors)) <= _PLAIN and _COMPLEX.isdisjoint({x.dtype for x in tensors})
+    return set(map(type, tensors)).issubset(_PLAIN) and _COMPLEX.isdisjoint({x.dtype for x in tensors})
 
 
 def local(tensor: Any, like: Any = None) -> Tensor:

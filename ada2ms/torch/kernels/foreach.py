@@ -55,7 +55,8 @@ def _update(
 ) -> None:
     """The update of parameters of one dtype."""
     dtype = m[0].dtype
-    theta = p if p[0].dtype == dtype else [x.to(dtype) for x in p]
+    same = p[0].dtype == dtype
+    theta = p if same else [x.to(dtype) for x in p]
     if compensations:
         torch._foreach_add_(theta, _widened(compensations, dtype))
     g = [x if x.dtype == dtype else x.to(dtype) for x in g]
@@ -67,7 +68,7 @@ def _update(
     _subtract(theta, m, d, coefficients.step_size)
     if compensations:
         _write(p, compensations, theta, options.step_is_live)
-    elif theta is not p:
+    elif not same:  # asking whether theta is p would have the compiler of torch 2.6 compare their entries
         torch._foreach_copy_(p, theta)
 
 
