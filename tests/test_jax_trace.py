@@ -270,3 +270,33 @@ def test_clipping_of_its_own_is_recorded_as_clipping_before_the_rule(tmp_path: P
             np.testing.assert_allclose(other.full["gradient"][name], gradient, rtol=1e-5, atol=1e-8)
     assert one.number == STEPS
     assert traces[0].steps[0].full
+
+
+def test_statistics_are_those_that_were_told_of_each_step(tmp_path: Path) -> None:
+    """Before the first step, and after each update by accumulated gradients, whatever is told between two of them."""
+    nnx = pytest.importorskip("flax.nnx", reason="flax is not installed")
+    from ada2ms.jax import plain_layers
+
+    model = nnx.Sequential(nnx.Linear(6, 4, rngs=nnx.Rngs(0)), nnx.BatchNorm(4, rngs=nnx.Rngs(0)))
+    mappings, path = plain_layers(model), tmp_path / "run"
+    told = [{f"layers/1/{x}": np.full(4, i, np.float32) for x in ("mean", "var")} for i in range(5)]
+    params, moving = nnx.state(model, nnx.Param), nnx.state(model, nnx.BatchStat)
+    with Recorder(path, params, statistics=moving, full=1, flush=1, **mappings) as recorder:
+        optimizer = recorded(optax.MultiSteps(optax.sgd(0.1), 2), recorder)
+        update, state = jax.jit(optimizer.update), optimizer.init(params)
+        for statistics in told[1:]:
+            _, state = update(params, state, params)
+            recorder.statistics(statistics)
+        with pytest.raises(TraceError, match=r"Invalid statistics: \['mean'\].*'layers/1/mean', 'layers/1/var'"):
+            recorder.statistics({"mean": np.ones(4)})
+    trace = Trace.load(path)
+    assert trace.statistics is not None
+    assert trace.start is not None
+    assert [p.name for p in trace.statistics] == ["1.norm.mean", "1.norm.var"]
+    expected = [[np.zeros(4), np.ones(4)], *([np.full(4, i)] * 2 for i in (2, 4))]
+    for step, each in zip([trace.start, *trace.steps], expected, strict=True):
+        assert np.allclose(step.sketches["statistics"], [sketch(x) for x in each])
+    assert [sorted(step.full.get("statistics", {})) for step in trace.steps] == [["1.norm.mean", "1.norm.var"], []]
+    with Recorder(path, params) as recorder:
+        pass
+    assert Trace.load(path).statistics is None

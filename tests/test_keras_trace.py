@@ -198,3 +198,28 @@ def test_a_run_that_took_no_step_leaves_a_trace_of_none(tmp_path: Path) -> None:
         pass
     trace = Trace.load(tmp_path / "run")
     assert (len(trace.parameters), trace.steps, trace.complete) == (4, [], True)
+
+
+def test_running_statistics_are_recorded_and_neither_seeds_nor_frozen_weights(tmp_path: Path) -> None:
+    keras.utils.set_random_seed(0)
+    layers = [keras.layers.Dense(6, trainable=False), keras.layers.BatchNormalization(momentum=0.5)]
+    model = keras.Sequential([keras.Input((5,)), *layers, keras.layers.Dropout(0.5), keras.layers.Dense(2)])
+    model.compile("sgd", "mse", run_eagerly=True)
+    layers[1].moving_mean.assign(np.full(6, 0.5, np.float32))
+    kernel, bias = (np.array(ops.convert_to_numpy(v)) for v in layers[0].variables)
+    with Recorder(tmp_path / "run", model, full=1, **plain_layers(model)) as recorder:
+        model.fit(X, Y, batch_size=8, shuffle=False, verbose=0, callbacks=[recorder])
+    trace = Trace.load(tmp_path / "run")
+    assert trace.statistics is not None
+    assert trace.start is not None
+    assert [(p.name, p.shape) for p in trace.statistics] == [("1.norm.mean", (6,)), ("1.norm.var", (6,))]
+    mean, var = np.full(6, 0.5), np.ones(6)
+    for step in [trace.start, *trace.steps]:
+        if step.number:
+            batch = X[8 * (step.number - 1) : 8 * step.number] @ kernel + bias
+            mean, var = 0.5 * mean + 0.5 * batch.mean(0), 0.5 * var + 0.5 * batch.var(0)
+        for row, x in zip(step.sketches["statistics"], (mean, var), strict=True):
+            assert np.abs(row - sketch(x)).max() <= 1e-5 * np.linalg.norm(x)
+        assert ("statistics" in step.full) == (step.number <= 1)
+    assert np.abs(mean - 0.5).max() > 0.1, "they move"
+    assert np.allclose(mean, ops.convert_to_numpy(layers[1].moving_mean), rtol=1e-4, atol=1e-6)

@@ -319,3 +319,55 @@ def test_clipping_of_its_own_is_recorded_as_clipping_before_the_step(tmp_path: P
             np.testing.assert_allclose(other.full["gradient"][name], gradient, rtol=1e-5, atol=1e-7)
     assert one.number == STEPS
     assert traces[0].steps[0].full
+
+
+def test_what_moves_in_a_module_is_recorded_by_neutral_names(tmp_path: Path) -> None:
+    """Running statistics before the first forward pass and after each, and a buffer of one's own that is saved; neither
+    counts, nor what is not saved, nor parameters.
+    """
+
+    class Net(nn.Sequential):
+        def __init__(self) -> None:
+            super().__init__(nn.Conv2d(1, 4, 3, bias=False), nn.BatchNorm2d(4), nn.Flatten(), nn.Linear(64, 3))
+            self.register_buffer("average", torch.zeros(2, 3))
+            self.register_buffer("table", torch.zeros(5), persistent=False)
+
+        def forward(self, x: Tensor) -> Tensor:
+            self.average = self.average + 1  # another tensor each time
+            return super().forward(x)
+
+    torch.manual_seed(0)
+    net = Net()
+    net[1].running_mean.fill_(0.5)
+    optimizer = torch.optim.AdamW(net.parameters(), lr=0.01)
+    names = {"1.running_mean": "1.norm.mean", "1.running_var": "1.norm.var", "average": "average"}
+    mappings = plain_layers(net)
+    seen: list[dict[str, Any]] = []
+
+    def look() -> None:
+        seen.append({names[own]: x.numpy().copy() for own, x in net.named_buffers() if own in names})
+
+    look()
+    with Recorder(tmp_path / "run", net, optimizer, full=2, flush=2, **mappings) as recorder:
+        for x, y in batches(4):
+            optimizer.zero_grad()
+            loss = nn.functional.cross_entropy(net(x), y)
+            recorder.loss(loss)
+            loss.backward()
+            look()
+            optimizer.step()
+    trace = Trace.load(tmp_path / "run")
+    assert trace.statistics is not None
+    assert trace.start is not None
+    assert {p.own: p.name for p in trace.statistics} == names
+    assert {p.name: p.shape for p in trace.statistics} == {"1.norm.mean": (4,), "1.norm.var": (4,), "average": (2, 3)}
+    for step, expected in zip([trace.start, *trace.steps], seen, strict=True):
+        for i, p in enumerate(trace.statistics):
+            assert close(step.sketches["statistics"][i], sketch(expected[p.name])), (step.number, p.name)
+            if step.number <= 2:
+                assert np.array_equal(step.full["statistics"][p.name], expected[p.name])
+        assert ("statistics" in step.full) == (step.number <= 2)
+    assert Trace.load(tmp_path / "run").parameters == trace.parameters
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.01)
+    Recorder(tmp_path / "by name", dict(net.named_parameters()), optimizer).close()
+    assert Trace.load(tmp_path / "by name").statistics is None

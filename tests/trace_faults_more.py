@@ -73,6 +73,23 @@ def other_head(net: Any) -> None:
     torch.nn.init.normal_(net[3].weight, std=0.1)
 
 
+def trained_before(net: Any) -> None:
+    """With statistics of data that the network has seen before."""
+    net[1].running_mean.fill_(0.3)
+    net[1].running_var.fill_(1.7)
+
+
+def evaluated_in_training_mode(net: Any, opt: Any, i: int) -> None:
+    import torch
+
+    if i == 3:
+        net(torch.linspace(-1, 3, 96).reshape(8, 12))
+
+
+def batch_norm(**options: Any) -> dict[str, Any]:
+    return {"batch_norm": options}
+
+
 def scaler(scale: float) -> Any:
     def make() -> Any:
         import torch
@@ -110,6 +127,12 @@ def optax_steps(every: int, mean: bool = True) -> Any:
     import optax
 
     return optax.MultiSteps(optax.adamw(LR, weight_decay=DECAY), every, use_grad_mean=mean)
+
+
+def keras_ada2ms() -> Any:
+    from ada2ms.tf import Ada2MS
+
+    return Ada2MS(LR, adaptivity=1.0, weight_decay=DECAY)
 
 
 def overflowing(at: int) -> Any:
@@ -264,6 +287,86 @@ def _around(fault: Any, adamw: Any, other: Any, lazy: Any) -> list[Any]:
     ]
 
 
+def _of_statistics(fault: Any, adamw: Any, other: Any, lazy: Any) -> list[Any]:
+    """What changes no step in training, and spoils evaluation."""
+    base = batch_norm()
+    jax: dict[str, Any] = {"b": "jax", "base_a": base, "base_b": {"keeps": 0.9}}
+    keras: dict[str, Any] = {
+        "base": {"norm_eps": 1e-3},
+        "base_b": {**batch_norm(momentum=0.9), "optimizer": lazy(keras_ada2ms)},
+    }
+    mistaken = batch_norm(momentum=0.9)
+    return [
+        fault("BatchNorm's momentum the wrong way round", "statistics", "momentum", mistaken, base=base, quick=True),
+        fault("torch's momentum in flax", "statistics", "momentum", {"keeps": 0.1}, **jax, quick=True),
+        fault("new running statistics that are dropped", "statistics", "frozen", {"keeps": 1.0}, **jax),
+        fault("frozen running statistics", "statistics", "frozen", batch_norm(momentum=0.0), base=base),
+        fault("no running statistics", "statistics", "missing", batch_norm(track_running_stats=False), base=base),
+        fault(
+            "running statistics that were not restored",
+            "start",
+            "initial statistics",
+            {"start": None},
+            base={**base, "start": trained_before},
+            quick=True,
+        ),
+        fault(
+            "an evaluation in training mode after step 4",
+            "statistics",
+            "other statistics",
+            {"after": evaluated_in_training_mode},
+            base=base,
+            step=5,
+        ),
+        fault(
+            "Keras' default momentum",
+            "statistics",
+            "momentum",
+            batch_norm(),
+            a="jax",
+            b="keras",
+            **keras,
+            base_a={"keeps": 0.9},
+        ),
+    ]
+
+
+def _two_with_statistics(fault: Any, adamw: Any, other: Any, lazy: Any) -> list[Any]:
+    """What hides no other fault, and is not hidden."""
+    base, mistaken = batch_norm(), batch_norm(momentum=0.9)
+    return [
+        fault(
+            "a mistaken momentum, and 0.9 of the learning rate from step 5 on",
+            "statistics",
+            "momentum",
+            {**mistaken, "wrong_from": (4, 0.9)},
+            base=base,
+            also="at step 5, in the stage 'hyperparameters': lr is 0.01 in A and 0.009 in B",
+        ),
+        fault(
+            "a mistaken momentum, and Adam for AdamW",
+            "statistics",
+            "momentum",
+            {**mistaken, "optimizer": other("Adam", weight_decay=DECAY)},
+            base=base,
+            quick=True,
+            also="in the stage 'update': the optimizers compute other things: weight decay",
+        ),
+        fault(
+            "a loss that is summed, and a mistaken momentum",
+            "forward",
+            "reduction",
+            {**mistaken, "reduction": "sum"},
+            base=base,
+            quick=True,
+            also="in the stage 'statistics': 1.norm.mean, 1.norm.var move",
+        ),
+    ]
+
+
+MAKERS = (_of_gradients, _of_groups, _two, _around, _of_statistics, _two_with_statistics)
+
+
 def more(fault: Any, adamw: Any, other: Any, lazy: Any) -> list[Any]:
     """The faults, by what `trace_faults.py` has for them."""
-    return [each for make in (_of_gradients, _of_groups, _two, _around) for each in make(fault, adamw, other, lazy)]
+    return [each for make in MAKERS for each in make(fault, adamw, other, lazy)]

@@ -96,6 +96,7 @@ class Torch:
     scale: float = 1.0
     clip: float | None = None
     norm_eps: float = 1e-5
+    batch_norm: dict[str, Any] | None = None  # of a BatchNorm in place of the LayerNorm
     dropout: float = 0.0
     activation: str = "tanh"
     frozen: tuple[str, ...] = ()
@@ -177,6 +178,8 @@ def _network(o: Torch) -> Any:
     from ada2ms.torch import plain_layers
 
     norm = nn.LayerNorm(HIDDEN, eps=o.norm_eps)
+    if o.batch_norm is not None:
+        norm = nn.BatchNorm1d(HIDDEN, eps=o.norm_eps, **o.batch_norm)
     net = nn.Sequential(nn.Linear(INPUTS, HIDDEN), norm, nn.Linear(HIDDEN, HIDDEN), nn.Linear(HIDDEN, CLASSES))
     names, start = plain_layers(net)["names"], weights(o.seed)
     with torch.no_grad():
@@ -228,6 +231,7 @@ def train_jax(
     stop: bool = False,
     steps: int = STEPS,
     halves: int = 1,
+    keeps: float | None = None,
 ) -> Path:
     import jax
     import jax.numpy as jnp
@@ -242,30 +246,37 @@ def train_jax(
             {"lr": LR, "weight_decay": DECAY, "b1": 0.9, "b2": 0.999, "eps": 1e-8},
         )
 
+    axis = -1 if keeps is None else 0  # of a LayerNorm, or a BatchNorm, whose statistics keep so much of the old
+    seen = None if keeps is None else {"1.norm.mean": jnp.zeros(HIDDEN), "1.norm.var": jnp.ones(HIDDEN)}
+
     def loss_of(p: Any, x: Any, y: Any) -> Any:
         h = x @ p[NAMES[0]] + p[NAMES[1]]
-        h = (h - h.mean(-1, keepdims=True)) / jnp.sqrt(h.var(-1, keepdims=True) + norm_eps)
+        batch = {"1.norm.mean": h.mean(axis), "1.norm.var": h.var(axis)}
+        h = (h - h.mean(axis, keepdims=True)) / jnp.sqrt(h.var(axis, keepdims=True) + norm_eps)
         h = jnp.tanh(h * p[NAMES[2]] + p[NAMES[3]])
         h = jax.lax.stop_gradient(h) if stop else h
         logits = jnp.tanh(h @ p[NAMES[4]] + p[NAMES[5]]) @ p[NAMES[6]] + p[NAMES[7]]
         losses = optax.softmax_cross_entropy_with_integer_labels(logits, y)
-        return losses.sum() if reduction == "sum" else losses.mean()
+        return (losses.sum() if reduction == "sum" else losses.mean()), batch
 
-    with Recorder(path, params, hyper=hyper, optimizer="optax.adamw") as recorder:
+    with Recorder(path, params, statistics=seen, hyper=hyper, optimizer="optax.adamw") as recorder:
         opt = recorded(optimizer, recorder)
         state = opt.init(params)
 
         @jax.jit
         def step(params: Any, state: Any, x: Any, y: Any) -> Any:
-            loss, grads = jax.value_and_grad(loss_of)(params, x, y)
+            (loss, batch), grads = jax.value_and_grad(loss_of, has_aux=True)(params, x, y)
             updates, state = opt.update(grads, state, params)
-            return optax.apply_updates(params, updates), state, loss
+            return optax.apply_updates(params, updates), state, loss, batch
 
         for whole in batches(steps=steps, **(data or {})):
             for x, y in zip(*(np.split(part, halves) for part in whole), strict=True):
                 recorder.batch(x, y)
-                params, state, loss = step(params, state, x, y)
+                params, state, loss, batch = step(params, state, x, y)
                 recorder.loss(loss)
+                if seen is not None:
+                    seen = jax.tree.map(lambda old, new: keeps * old + (1 - keeps) * new, seen, batch)
+                    recorder.statistics(seen)
     return path
 
 
@@ -279,6 +290,7 @@ def train_keras(
     reduction: str = "sum_over_batch_size",
     copied: bool = True,
     steps: int = STEPS,
+    batch_norm: dict[str, Any] | None = None,
 ) -> Path:
     import keras
 
@@ -289,7 +301,9 @@ def train_keras(
     layers = [
         keras.Input((INPUTS,)),
         dense(HIDDEN),
-        keras.layers.LayerNormalization(epsilon=norm_eps),
+        keras.layers.LayerNormalization(epsilon=norm_eps)
+        if batch_norm is None
+        else keras.layers.BatchNormalization(epsilon=norm_eps, **batch_norm),
         keras.layers.Activation("tanh"),
         dense(HIDDEN, "tanh"),
         dense(CLASSES),

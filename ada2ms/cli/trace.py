@@ -74,19 +74,22 @@ def show(arguments: argparse.Namespace) -> int:
         "with entries": sum(bool(step.full) for step in trace.steps),
         "skipped": [step.number for step in trace.steps if step.skipped],
         "parameters": {p.name: [list(p.shape), p.dtype, p.own] for p in trace.parameters},
+        "statistics": {p.name: [list(p.shape), p.dtype, p.own] for p in trace.statistics or []},
     }
     rows = [_row(trace, i) for i in _shown(len(trace.steps))]
     if arguments.json:
         print(json.dumps({**facts, "rows": [_row(trace, i) for i in range(len(trace.steps))]}))
         return 0
     for name, value in facts.items():
-        if name != "parameters" and not (name == "skipped" and not value):
+        if name not in ("parameters", "statistics") and not (name == "skipped" and not value):
             print(f"{name:14}{value}")
     if not trace.complete:
         print(f"{'':14}the recorder was not closed: the run goes on, or was killed")
-    width = max((len(p.name) for p in trace.parameters), default=0)
-    for p in trace.parameters:
-        print(f"  {p.name:{width}}  {p.shape}  {p.dtype}" + (f"  from {p.own}" if p.own != p.name else ""))
+    every = [*trace.parameters, *(trace.statistics or [])]
+    width = max((len(p.name) for p in every), default=0)
+    for i, p in enumerate(every):
+        kind = "  statistics" if i >= len(trace.parameters) else ""
+        print(f"  {p.name:{width}}  {p.shape}  {p.dtype}" + (f"  from {p.own}" if p.own != p.name else "") + kind)
     print(
         f"{'step':>7} {'batches':>8} {'loss':>12} {'|gradient|':>11} {'|update|':>10} {'|value|':>10}  hyperparameters"
     )

@@ -27,7 +27,7 @@ from jax.experimental import io_callback
 
 from ada2ms.core.state import Axes, Extras, Names
 from ada2ms.core.trace import Parameter, Step, TraceError, Writer
-from ada2ms.core.trace.model import empty_sketches, positions, resolve
+from ada2ms.core.trace.model import Observed, empty_sketches, moving, observed, positions, resolve
 from ada2ms.core.trace.writer import DEFAULT_ENTRIES, DEFAULT_FLUSH, DEFAULT_FULL
 from ada2ms.jax.names import by_path
 from ada2ms.jax.order import comes_from_counts, counted_after
@@ -53,7 +53,9 @@ class Recorder:
             names. `plain_layers` has them, and the next two.
         axes: for a name here, how an array of the neutral layout is transposed to have this layout, or a function that
             cuts an array here into those of the neutral layout, which are then parameters of their own.
-        extras: what `plain_layers` gives besides; running statistics are not recorded.
+        extras: the neutral name of each leaf of `statistics`.
+        statistics: what moves besides, as it is before the first step, such as `variables["batch_stats"]` or
+            `nnx.state(model, nnx.BatchStat)`; then tell `recorder.statistics` after each step.
         hyper: what the optimizer was made with, by the names `lr`, `b1`, `b2`, `eps`, `weight_decay`, `adaptivity`
             and the like: numbers, or schedules of the count of completed updates. Where leaves have others (masks,
             `optax.multi_transform`, groups): a function that gives them for a leaf's name. With `max_norm`, gradients
@@ -77,6 +79,7 @@ class Recorder:
         names: Names = None,
         axes: Axes = None,
         extras: Extras = None,
+        statistics: Any = None,
         hyper: Hyper | Callable[[str], Hyper] | None = None,
         optimizer: str = "",
         full: int = DEFAULT_FULL,
@@ -94,6 +97,9 @@ class Recorder:
                     raise TypeError(f"Invalid hyper: {name!r}{where} is {value!r} (must be a number or a schedule)")
         self._writer = Writer(path if jax.process_index() == 0 else None, full=full, entries=entries, flush=flush)
         self._about = _about(optimizer)
+        start = by_path(statistics)
+        self._statistics = moving({name: (x.shape, jnp.dtype(x.dtype).name) for name, x in start.items()}, extras, axes)
+        self._start = self._observed(start)
         self._groups: list[tuple[dict[str, Any], str]] | None = None  # what each was told, and its label in a state
         self._closed = False
 
@@ -116,6 +122,18 @@ class Recorder:
         """Notes the loss of the step that comes; or, if a step has had no loss, of the last one."""
         _wait()
         self._writer.loss(lambda: float(loss), late=True)
+
+    def statistics(self, statistics: Any) -> None:
+        """Notes running statistics as the last step has left them; not within a compiled program."""
+        _wait()
+        leaves = by_path(statistics)
+        if leaves.keys() != {p.own for p in self._statistics}:
+            known = sorted({p.own for p in self._statistics})
+            raise TraceError(f"Invalid statistics: {sorted(leaves)} (must be those of Recorder's statistics=: {known})")
+        self._writer.statistics(lambda: self._observed(leaves))
+
+    def _observed(self, leaves: Mapping[str, Any]) -> Observed:
+        return observed(self._statistics, {name: np.array(x) for name, x in leaves.items()}, self.entries)
 
     def close(self) -> None:
         """Stops recording and writes what waits."""
@@ -186,7 +204,7 @@ class Recorder:
             groups += [group] if group not in groups else []
             self.parameters[i] = replace(p, group=groups.index(group))
         self._groups = groups
-        self._writer.begin(self._about, self.parameters)
+        self._writer.begin(self._about, self.parameters, self._statistics or None, self._start)
 
 
 def recorded(optimizer: optax.GradientTransformation, recorder: Recorder) -> optax.GradientTransformationExtraArgs:

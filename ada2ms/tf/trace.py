@@ -21,7 +21,7 @@ from keras import ops
 from ada2ms.core.hyperparameters import value_at
 from ada2ms.core.state import Axes, Extras, Names
 from ada2ms.core.trace import Step, TraceError, Writer
-from ada2ms.core.trace.model import empty_sketches, resolve, sample
+from ada2ms.core.trace.model import Observed, empty_sketches, moving, observed, resolve, sample
 from ada2ms.core.trace.sketch import sketch
 from ada2ms.core.trace.writer import DEFAULT_ENTRIES, DEFAULT_FLUSH, DEFAULT_FULL
 from ada2ms.tf.groups import Hyper
@@ -60,7 +60,8 @@ class Recorder(keras.callbacks.Callback):  # type: ignore[misc]
             paths. `plain_layers` has them, and the next two.
         axes: for a path here, how an array of the neutral layout is transposed to have this layout, or a function that
             cuts an array here into those of the neutral layout, which are then parameters of their own.
-        extras: what `plain_layers` gives besides; running statistics are not recorded.
+        extras: the neutral name of a variable that is not trained, such as a running mean, for each path here. Those of
+            floating point are recorded, as they are when the recorder is made and then after each step.
         full: of how many steps to keep entries of the arrays as well.
         entries: how many entries of each array; of larger ones a sample.
         flush: after how many steps to write; a run that is killed loses at most these.
@@ -92,7 +93,11 @@ class Recorder(keras.callbacks.Callback):  # type: ignore[misc]
         self._model = model
         shapes = {v.path: (tuple(v.shape), _dtype(v), 0) for v in model.trainable_variables}
         self.parameters = resolve(shapes, names, axes, [v.path for v in model.variables])
+        self._moving = {v.path: v for v in _moving(model)}
+        kept = {path: (tuple(v.shape), _dtype(v)) for path, v in self._moving.items()}
+        self._statistics = moving(kept, extras, axes)
         self._writer = Writer(path, full=full, entries=entries, flush=flush)
+        self._start = self._observed()
         self._about = _about(self._optimizer)
         self._groups: list[_Group] = []  # known once the optimizer is built, in its first step
         self._sum: dict[str, Any] = {}  # gradients that are accumulated, as the optimizer does
@@ -136,6 +141,16 @@ class Recorder(keras.callbacks.Callback):  # type: ignore[misc]
             self._in_fit = False
             del self._model.compute_loss
 
+    def on_train_batch_end(self, batch: int, logs: dict[str, Any] | None = None) -> None:
+        """Notes statistics where variables have them only now."""
+        if self._moving and keras.backend.backend() == "jax":
+            self._model.jax_state_sync()
+            self._writer.statistics(self._observed)
+
+    def _observed(self) -> Observed:
+        arrays = {path: np.array(_array(v)) for path, v in self._moving.items()}
+        return observed(self._statistics, arrays, self._writer.entries)
+
     def _observed_loss(self, *args: Any, **kwargs: Any) -> Any:
         """The loss of a batch of `fit`, noted with the batch. JAX is differentiating it: only without gradient has it
         a value.
@@ -170,6 +185,8 @@ class Recorder(keras.callbacks.Callback):  # type: ignore[misc]
         hyper = [_hyper(optimizer, group) for group in self._groups]
         result = self._apply(grads, trainable_variables)
         self._add(before, gradients, {path: _array(v) for path, v in values.items()}, hyper)
+        if self._moving and keras.backend.backend() != "jax":
+            self._writer.statistics(self._observed)
         return result
 
     def _begin(self, variables: list[Any]) -> None:
@@ -183,7 +200,7 @@ class Recorder(keras.callbacks.Callback):  # type: ignore[misc]
         self.parameters = [
             replace(p, group=self._groups.index(of.get(p.own, self._groups[0]))) for p in self.parameters
         ]
-        self._writer.begin(self._about, self.parameters)
+        self._writer.begin(self._about, self.parameters, self._statistics, self._start)
 
     def _add(self, before: Any, gradients: Any, after: Any, hyper: list[dict[str, float]]) -> None:
         if self._writer.is_due:  # before, since the loss of this step may come after it
@@ -202,6 +219,13 @@ class Recorder(keras.callbacks.Callback):  # type: ignore[misc]
                     if full:
                         step.full.setdefault(what, {})[p.name] = sample(array, p, self._writer.entries)
         self._writer.add(step)
+
+
+def _moving(model: keras.Model) -> list[Any]:
+    """What the layers keep that is never trained, such as running means; neither frozen weights, seeds nor counts."""
+    # Keras has no public way to ask what of a frozen layer is trained at other times.
+    weights = {id(v) for each in model._flatten_layers() for v in each._trainable_variables}
+    return [v for v in model.non_trainable_variables if id(v) not in weights and "float" in _dtype(v)]
 
 
 def _is_traced(x: Any) -> bool:

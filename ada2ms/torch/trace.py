@@ -26,9 +26,10 @@ from torch import Tensor, nn
 from ada2ms.core.hyperparameters import value_at
 from ada2ms.core.state import Axes, Extras, Names
 from ada2ms.core.trace import Parameter, Step, TraceError, Writer
-from ada2ms.core.trace.model import TENSORS, empty_sketches, resolve, sample
+from ada2ms.core.trace.model import STATISTICS, TENSORS, empty_sketches, resolve, sample
 from ada2ms.core.trace.parts import Part
 from ada2ms.core.trace.writer import DEFAULT_ENTRIES, DEFAULT_FLUSH, DEFAULT_FULL
+from ada2ms.torch.buffers import Buffers
 from ada2ms.torch.groups import named_parameters
 from ada2ms.torch.numbers import number, numpy
 from ada2ms.torch.shared import choice
@@ -57,7 +58,8 @@ class Recorder:
             their names. `plain_layers` has them, and the next two.
         axes: for a name here, how an array of the neutral layout is transposed to have this layout, or a function that
             cuts an array here into those of the neutral layout, which are then parameters of their own.
-        extras: what `plain_layers` gives besides; running statistics are not recorded.
+        extras: the neutral name of a buffer, such as a running mean, for each name here. Buffers of floating point that
+            the module saves are recorded, as they are when the recorder is made and then in each step.
         full: of how many steps to keep entries of the tensors as well.
         entries: how many entries of each tensor; of larger ones a sample.
         flush: after how many steps to write; a run that is killed loses at most these.
@@ -89,7 +91,11 @@ class Recorder:
         self._params = [p for each in optimizer.param_groups for p in each["params"]]
         self._parameters = parameters(own, optimizer, names, axes)
         self._writer = Writer(path if _is_first() else None, full=full, entries=entries, flush=flush)
-        self._writer.begin(_about(optimizer, self._world), self._parameters)
+        inner = _inner(model)
+        buffers = Buffers(inner, extras, axes) if isinstance(inner, nn.Module) else None
+        self._buffers = buffers if buffers and buffers.parameters else None
+        start = (buffers.parameters, buffers.observed(entries)) if buffers else ()
+        self._writer.begin(_about(optimizer, self._world), self._parameters, *start)
         places = {name: i for i, name in enumerate(dict.fromkeys(p.own for p in self._parameters))}
         self._place = [places[p.own] for p in self._parameters]  # of each one's tensor in the optimizer's
         self._sketcher = Sketcher(cast("list[Tensor]", self._pieces(self._params)), self._parameters)
@@ -173,9 +179,12 @@ class Recorder:
         if before.missing is None:  # a closure that was not called
             self._gradients(optimizer, before)
         self._kept += [*before.sums, self._sketcher.sums(self._pieces(self._params))]
+        moved = self._buffers.sketches() if self._buffers else None
         if before.full:
             now = self._sampled(self._params)
             before.full["update"] = {name: now[name] - x for name, x in before.full["value"].items()}
+            if self._buffers:
+                before.full[STATISTICS] = self._buffers.observed(self._writer.entries)[1]
         known = sum(len(group["params"]) for group in optimizer.param_groups)
         s = _global_moment(optimizer)
         missing, scale, found_inf = before.missing, before.scale, before.found_inf
@@ -191,6 +200,8 @@ class Recorder:
                 update[:, 0] = np.sqrt(np.mean(np.square(update[:, 1:]), axis=1))
             gradient[missing] = np.nan
             step.sketches = dict(zip(TENSORS, (value, gradient, update), strict=True))
+            if moved is not None:
+                step.sketches[STATISTICS] = moved.cpu().numpy().astype(np.float64)
             if norm is not None:
                 step.clip_gradient(max_norm, float(norm))
             step.hyper = [_finite(group) for group in before.hyper]
@@ -259,14 +270,17 @@ def _unwrapped(optimizer: Any) -> torch.optim.Optimizer:
 
 def named(model: nn.Module | Mapping[str, Tensor]) -> Mapping[str, Tensor]:
     """Parameters by the names that they have in the module itself, within torch.compile and DistributedDataParallel."""
-    inner: Any = model
+    return named_parameters(_inner(model))
+
+
+def _inner(model: Any) -> Any:
     while True:
-        if isinstance(inner, nn.parallel.DistributedDataParallel):
-            inner = inner.module
-        elif isinstance(compiled := getattr(inner, "_orig_mod", None), nn.Module):
-            inner = compiled
+        if isinstance(model, nn.parallel.DistributedDataParallel):
+            model = model.module
+        elif isinstance(compiled := getattr(model, "_orig_mod", None), nn.Module):
+            model = compiled
         else:
-            return named_parameters(inner)
+            return model
 
 
 def parameters(

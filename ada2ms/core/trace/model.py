@@ -9,7 +9,7 @@ from typing import Any, Final
 
 import numpy as np
 
-from ada2ms.core.state import Axes, Names
+from ada2ms.core.state import Axes, Extras, Names
 from ada2ms.core.state.layout import layouts
 from ada2ms.core.trace import file
 from ada2ms.core.trace.file import TraceError
@@ -17,6 +17,7 @@ from ada2ms.core.trace.parts import Part, cut
 from ada2ms.core.trace.sketch import SUMS, WIDTH, Array, reals, sketch
 
 TENSORS: Final = ("value", "gradient", "update")  # of each parameter: before the step, as the optimizer got it, after
+STATISTICS: Final = "statistics"  # of each of these: what the forward pass of the step left
 
 
 @dataclass(frozen=True)
@@ -61,7 +62,8 @@ class Step:
 
     Attributes:
         number: counted from 1.
-        sketches: of each of TENSORS, (parameters, WIDTH); NaN where there is none, such as for a missing gradient.
+        sketches: of each of TENSORS, (parameters, WIDTH); NaN where there is none, such as for a missing gradient. Of
+            STATISTICS, (statistics, WIDTH), where they are recorded.
         missing: which parameters had no gradient.
         loss: as the user told; the mean if it was told several times.
         losses: how often it was told.
@@ -69,7 +71,8 @@ class Step:
         hyper: hyperparameters of each group, by neutral names.
         skipped: whether the step was one that the optimizer left out.
         extra: other numbers, such as the scale of the loss.
-        full: of each of TENSORS, entries of parameters by their names: all, or a sample of `positions`.
+        full: of each of TENSORS, entries of parameters by their names: all, or a sample of `positions`; and so of
+            STATISTICS.
     """
 
     number: int
@@ -100,6 +103,9 @@ class Step:
                 self.full["gradient"] = {name: x * scale for name, x in self.full["gradient"].items()}
 
 
+Observed = tuple[Array, dict[str, Array]]  # sketches, and entries by name
+
+
 @dataclass
 class Trace:
     """A trace as it was read.
@@ -110,6 +116,8 @@ class Trace:
         parameters: in the optimizer's order.
         steps: as far as they were written.
         complete: whether the recorder was closed; a run that was killed leaves its trace open.
+        statistics: what moves and is no parameter, such as running means; None where they were not recorded.
+        start: a step that has nothing but the statistics before the first forward pass.
     """
 
     path: Path
@@ -117,6 +125,8 @@ class Trace:
     parameters: list[Parameter]
     steps: list[Step]
     complete: bool
+    statistics: list[Parameter] | None = None
+    start: Step | None = None
 
     @property
     def index(self) -> dict[str, int]:
@@ -148,34 +158,43 @@ class Trace:
                 break
             content, tensors = chunk
             if about is None:
-                about = content
+                about, before = content, tensors
                 continue
             steps += _steps(content["steps"], tensors)
             complete = content["complete"]
         if about is None:
             raise TraceError(f"Cannot read {str(path)!r}: the run ended before anything of it was written")
-        parameters = [
-            Parameter(**{**p, "shape": tuple(p["shape"]), "axes": p["axes"] and tuple(p["axes"])})
-            for p in about.pop("parameters")
-        ]
-        return cls(path, about, parameters, steps, complete)
+        parameters = _parameters(about.pop("parameters"))
+        if STATISTICS not in about:
+            return cls(path, about, parameters, steps, complete)
+        statistics, start = _parameters(about.pop(STATISTICS)), Step(0, {STATISTICS: before[STATISTICS]}, np.empty(0))
+        start.full = _full(before).get(0, {})
+        return cls(path, about, parameters, steps, complete, statistics, start)
 
 
-def _steps(contents: list[dict[str, Any]], tensors: dict[str, Array]) -> list[Step]:
+def _parameters(data: list[dict[str, Any]]) -> list[Parameter]:
+    return [Parameter(**{**p, "shape": tuple(p["shape"]), "axes": p["axes"] and tuple(p["axes"])}) for p in data]
+
+
+def _full(tensors: dict[str, Array]) -> dict[int, dict[str, dict[str, Array]]]:
+    """Entries of tensors, by step, what they are of each parameter, and its name."""
     full: dict[int, dict[str, dict[str, Array]]] = {}
     for key, array in tensors.items():
         if key.startswith("full/"):
             _, number, what, name = key.split("/", 3)
             full.setdefault(int(number), {}).setdefault(what, {})[name] = array
-    return [
-        Step(
-            sketches={what: tensors[what][i].astype(np.float64) for what in TENSORS},
-            missing=tensors["missing"][i],
-            full=full.get(content["number"], {}),
-            **content,
-        )
-        for i, content in enumerate(contents)
-    ]
+    return full
+
+
+def _steps(contents: list[dict[str, Any]], tensors: dict[str, Array]) -> list[Step]:
+    full, steps = _full(tensors), []
+    for i, content in enumerate(contents):
+        sketches = {what: tensors[what][i].astype(np.float64) for what in TENSORS}
+        if STATISTICS in tensors and not np.isnan(tensors[STATISTICS][i]).all():  # those that were told
+            sketches[STATISTICS] = tensors[STATISTICS][i]
+        full_of_step = full.get(content["number"], {})
+        steps.append(Step(sketches=sketches, missing=tensors["missing"][i], full=full_of_step, **content))
+    return steps
 
 
 def resolve(
@@ -206,6 +225,28 @@ def resolve(
         else:
             parameters.append(Parameter(layout.names[0], own, layout.shapes()[0], dtype, layout.axes, group))
     return parameters
+
+
+def moving(shapes: Mapping[str, tuple[Sequence[int], str]], extras: Extras, axes: Axes) -> list[Parameter]:
+    """What moves and is no parameter, by neutral names and in the neutral layout.
+
+    Args:
+        shapes: by the framework's names: shape and dtype.
+        extras: the neutral name of each of the framework's names, also of what is not in `shapes`.
+        axes: as for `resolve`, also of what is not in `shapes`.
+
+    Raises:
+        TraceError: they do not fit.
+    """
+    names = {name: called for name, called in (extras or {}).items() if name in shapes}
+    own = {name: order for name, order in (axes or {}).items() if name in shapes}
+    return resolve({name: (shape, dtype, 0) for name, (shape, dtype) in shapes.items()}, names, own)
+
+
+def observed(parameters: Sequence[Parameter], arrays: Mapping[str, Any], limit: int) -> Observed:
+    """The sketches of arrays of NumPy, given by their own names, and entries of them by their neutral names."""
+    rows = [sketch(p.of(arrays[p.own]), p.axes) for p in parameters]
+    return np.array(rows).reshape(-1, WIDTH), {p.name: sample(arrays[p.own], p, limit) for p in parameters}
 
 
 def positions(size: int, limit: int) -> Array:

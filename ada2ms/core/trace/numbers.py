@@ -57,11 +57,11 @@ def searched(dialect: Dialect, run: list[Series], off: Callable[[Dialect], float
         def miss(x: float, changed: Callable[[float], list[Dialect]] = changed) -> float:
             return off(changed(math.exp(x))[-1])
 
-        best = math.exp(_least(miss, math.log(low), math.log(high)))
+        best = math.exp(least(miss, math.log(low), math.log(high)))
         yield from (each for x in _numbers(best) for each in changed(x))
 
 
-def _least(miss: Callable[[float], float], low: float, high: float) -> float:
+def least(miss: Callable[[float], float], low: float, high: float) -> float:
     """Where a function of one valley is least, by golden sections; first among ten places."""
     places = np.linspace(low, high, 10)
     k = int(np.argmin([miss(float(x)) for x in places]))

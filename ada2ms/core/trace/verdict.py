@@ -6,7 +6,7 @@ from typing import Any, Final, Literal
 
 Outcome = Literal["only rounding", "parted", "cannot tell"]
 STATUS: Final[dict[str, int]] = {"only rounding": 0, "parted": 1, "cannot tell": 2}
-STAGES: Final = ("data", "start", "value", "forward", "gradient", "hyperparameters", "update")
+STAGES: Final = ("data", "start", "value", "forward", "statistics", "gradient", "hyperparameters", "update")
 _MOST: Final = 8  # sentences of a kind that are printed
 
 

@@ -15,11 +15,13 @@ from ada2ms.core.trace.explain import spoken
 from ada2ms.core.trace.model import Trace
 from ada2ms.core.trace.pair import GROWTH, REPEAT, Pair, drift, grain, relative
 from ada2ms.core.trace.sketch import Array, distance, precision
+from ada2ms.core.trace.statistics import Statistics
 from ada2ms.core.trace.updates import Updates
 from ada2ms.core.trace.verdict import STAGES, Verdict, joined, some
 
 _FLOOR = 4.0  # roundings of the model's whole gradient that one parameter's may differ by, however small it is
 _NOT_TOLD = {"decoupled_weight_decay"}  # shows by the updates, and in words
+_FORWARD = {"everything", "some gradients", "precision", "not finite"}  # kinds that other forward passes leave
 _CHAOS = 0.3  # a difference that rounding reaches by growth alone, and that traces alone do not explain
 
 Progress = Callable[[int, int], None]
@@ -202,10 +204,36 @@ def diff(
     walk = _Walk(pair, None if repeat is None else Pair(a, repeat, arithmetic))
     for i in range(len(pair.steps)):
         if verdict := walk.step(i):
-            return _finished(walk, verdict, problems, i)
+            return _with_statistics(walk, _finished(walk, verdict, problems, i))
         if progress is not None:
             progress(i + 1, len(pair.steps))
-    return _finished(walk, _rounding(walk), problems, len(pair.steps))
+    return _with_statistics(walk, _finished(walk, _rounding(walk), problems, len(pair.steps)))
+
+
+def _with_statistics(walk: _Walk, verdict: Verdict) -> Verdict:
+    """The verdict on statistics, if they part before all else, which does not follow from them; or both."""
+    statistics, parted = Statistics(walk.pair.a, walk.pair.b), verdict.outcome == "parted"
+    alike = verdict.stage not in ("data", "start", "value") and verdict.kind not in _FORWARD
+    until = verdict.step - (not alike) if parted else len(walk.pair.steps)
+    found = statistics.verdict(lambda i: walk.allowed("gradient", i), until)
+    if found is None and parted and not alike and verdict.stage != "start":
+        found = statistics.still(verdict.step)
+    first, second = verdict, found
+    if found is not None and (not parted or _place(found) < _place(verdict)):
+        first, second = found, verdict if parted else None
+        first.notes += verdict.notes
+        if not parted:
+            rest = f"all else, in {len(walk.pair.steps)} steps"
+            first.agrees += [rest] if verdict.outcome == "only rounding" else [f"{rest}, but that {verdict.cause}"]
+    if second is not None:
+        at = f"at step {second.step}, " if second.step != first.step else ""
+        first.also += [f"{at}in the stage {second.stage!r}: {second.cause}", *second.also]
+    first.notes += statistics.notes
+    return first
+
+
+def _place(verdict: Verdict) -> tuple[int, int]:
+    return verdict.step, STAGES.index(verdict.stage)
 
 
 def _unlike(pair: Pair, problems: list[str]) -> Verdict:

@@ -7,8 +7,8 @@ from typing import Any, Final
 import numpy as np
 
 from ada2ms.core.trace.file import Appender
-from ada2ms.core.trace.model import TENSORS, Parameter, Step, fingerprint
-from ada2ms.core.trace.sketch import Array
+from ada2ms.core.trace.model import STATISTICS, TENSORS, Observed, Parameter, Step, fingerprint
+from ada2ms.core.trace.sketch import WIDTH, Array
 
 DEFAULT_FULL: Final = 3
 DEFAULT_ENTRIES: Final = 65536
@@ -47,12 +47,30 @@ class Writer:
         self._losses: list[Callable[[], float]] = []
         self.count = 0
         self._begun = False
+        self._statistics: int | None = None  # how many there are, if they are recorded
 
-    def begin(self, about: dict[str, Any], parameters: Sequence[Parameter]) -> None:
-        """Writes what the trace is of; once, before the first step."""
-        settings = {"full": self.full, "entries": self.entries}
+    def begin(
+        self,
+        about: dict[str, Any],
+        parameters: Sequence[Parameter],
+        statistics: Sequence[Parameter] | None = None,
+        start: Observed | None = None,
+    ) -> None:
+        """Writes what the trace is of; once, before the first step.
+
+        Args:
+            about: the run.
+            parameters: of its optimizer.
+            statistics: what else moves; None if it is not recorded.
+            start: what these are before the first forward pass.
+        """
+        content = {**about, "full": self.full, "entries": self.entries, "parameters": [p.data() for p in parameters]}
+        tensors: dict[str, Array] = {}
+        if statistics is not None and start is not None:
+            content[STATISTICS], self._statistics = [p.data() for p in statistics], len(statistics)
+            tensors = {STATISTICS: start[0], **{f"full/0/{STATISTICS}/{name}": x for name, x in start[1].items()}}
         if self._file is not None:
-            self._file.append({**about, **settings, "parameters": [p.data() for p in parameters]}, {})
+            self._file.append(content, tensors)
         self._begun = True
 
     def batch(self, arrays: Sequence[Any]) -> None:
@@ -73,6 +91,18 @@ class Writer:
                 step.losses = len(losses)
                 return
         self._losses.append(read)
+
+    def statistics(self, observe: Callable[[], Observed]) -> None:
+        """Notes the statistics that the last step has left, if it waits to be written; the first time that it is told.
+
+        Args:
+            observe: gives their sketches and entries.
+        """
+        step = self._waiting[-1][0] if self._waiting else None
+        if step is not None and STATISTICS not in step.sketches:
+            step.sketches[STATISTICS], entries = observe()
+            if step.number <= self.full:
+                step.full[STATISTICS] = entries
 
     @property
     def has_loss(self) -> bool:
@@ -129,6 +159,9 @@ class Writer:
             for what in TENSORS:
                 tensors[what] = np.stack([step.sketches[what] for step in steps])
             tensors["missing"] = np.stack([step.missing for step in steps]).astype(bool)
+            if self._statistics is not None:
+                unknown = np.full((self._statistics, WIDTH), np.nan)
+                tensors[STATISTICS] = np.stack([step.sketches.get(STATISTICS, unknown) for step in steps])
         self._file.append({"steps": contents, "complete": complete}, tensors)
 
     def close(self) -> None:
