@@ -14,14 +14,13 @@ import jax
 import jax.numpy as jnp
 import optax
 import pytest
+from jax_support import squares_are_summed_at_once
 
 from ada2ms.core import Group, Linear
 from ada2ms.jax import ada2ms
 from support import slow
 
-pytestmark = pytest.mark.skipif(
-    jax.__version_info__ < (0, 10), reason="on a CPU, the compiler of older JAX stores all squares before it sums them"
-)
+pytestmark = squares_are_summed_at_once
 
 LEAVES = [jnp.ones((256, 1024)), jnp.ones((256, 256))]
 ENTRIES = sum(x.size for x in LEAVES)

@@ -9,6 +9,7 @@ import numpy as np
 import optax
 import optax.contrib
 import pytest
+from jax_support import squares_are_summed_at_once
 
 from ada2ms.jax import Recorder, ada2ms, recorded
 from support import slow
@@ -56,6 +57,7 @@ def test_large_parameters_are_the_same_to_the_last_bit(name: str, full: int, tmp
         np.testing.assert_array_equal(x, y)
 
 
+@squares_are_summed_at_once
 def test_no_further_model_is_held_in_memory(tmp_path: Path) -> None:
     """Neither all updates at once, nor a copy of parameters that are written over, nor squares."""
     params = tree(0, 8)
