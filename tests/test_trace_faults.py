@@ -7,7 +7,7 @@ import pytest
 import trace_faults
 from trace_faults import FAULTS, Fault, verdicts
 
-from ada2ms.core.trace import causes, data, settings, walk
+from ada2ms.core.trace import causes, data, settings, starts, walk
 
 
 def parameters(faults: list[Fault]) -> list[object]:
@@ -61,7 +61,7 @@ NAMERS: dict[str, tuple[object, str, object]] = {  # what gives a cause its name
     "clipping of each": (causes.sums, "clipped", None),
     "clipping": (causes, "_is_clipped", False),
     "precision": (causes, "_precision", None),
-    "transposed": (causes, "_transposed", False),
+    "transposed": (starts, "_transposed", False),
     "lr unit": (settings, "_unit", ""),
     "scaled": (data, "alike", "other"),
 }

@@ -5,7 +5,7 @@ the dialects of optimizers that are known; `replay.py` computes updates, under t
 `ada2ms trace` and `ada2ms identify` both use it.
 """
 
-from ada2ms.core.dialects.catalogue import FEATURES, KNOWN, OTHERS, OWN, OWN_HYPER, base, values_of, variants
+from ada2ms.core.dialects.catalogue import FEATURES, KNOWN, OTHERS, OWN, OWN_HYPER, base, claimed, values_of, variants
 from ada2ms.core.dialects.dialect import DEFAULTS, FAMILIES, WORDS, Dialect, Hyper, said
 from ada2ms.core.dialects.replay import Array, replay, rounded
 
@@ -22,6 +22,7 @@ __all__ = [
     "Dialect",
     "Hyper",
     "base",
+    "claimed",
     "replay",
     "rounded",
     "said",

@@ -119,6 +119,13 @@ def base(optimizer: str, hyper: Hyper) -> Dialect:
     return KNOWN["optax.sgd" if "momentum" in hyper and "b2" not in hyper else "optax.adamw"]
 
 
+def claimed(optimizer: str, hyper: Hyper) -> Dialect:
+    """As `base`; of another library's optimizer, that of its last name, such as of `lion_pytorch.Lion`."""
+    last = optimizer.rpartition(".")[2].lower()
+    known = next((name for name in KNOWN if name.rpartition(".")[2].lower() == last), optimizer)
+    return base(optimizer if optimizer in KNOWN or last == "ada2ms" else known, hyper)
+
+
 def variants(dialect: Dialect, hyper: Hyper) -> list[Dialect]:
     """Those that differ from a dialect in one feature, or in one hyperparameter."""
     found = []

@@ -4,7 +4,7 @@ from collections.abc import Iterable
 from dataclasses import replace
 from typing import TypeVar
 
-from ada2ms.core.dialects import base
+from ada2ms.core.dialects import claimed
 from ada2ms.core.trace.explain import Fit, spoken
 from ada2ms.core.trace.model import Trace
 from ada2ms.core.trace.speech import Speech, Voice, speech
@@ -40,7 +40,7 @@ def judge(trace: Trace) -> Verdict:
     faults = _by((fault, voice) for voice in found.voices if voice.fit.fits and (fault := _fault(voice, name)))
     if faults:
         step, kind, _ = min(fault for fault, _ in faults)
-        own = spoken(Fit(base(name, found.voices[0].run[0].hyper[0]), 0, 0, 1, [], 0))
+        own = spoken(Fit(claimed(name, found.voices[0].run[0].hyper[0]), 0, 0, 1, [], 0))
         sentences = [_sentence(words, _whose(voices, found)) for (_, _, words), voices in faults]
         cause = f"{name} does not compute {own}: " + some(sentences, between="; ")
         return Verdict("parted", cause, "update", step, kind, evidence, look=["the optimizer and its wrappers"])
@@ -65,7 +65,7 @@ def _fault(voice: Voice, name: str) -> tuple[int, str, str] | None:
     """
     hyper = voice.run[0].hyper[0]
     untold = tuple(pair for pair in voice.fit.dialect.changed if pair[0] not in hyper)
-    own = replace(base(name, hyper), changed=untold)
+    own = replace(claimed(name, hyper), changed=untold)
     differences = own.differences(voice.fit.dialect, hyper, hyper)
     at = _first_odd(voice.fit) if "lr" in hyper else 0
     kinds = [key for key in vars(own) if getattr(own, key) != getattr(voice.fit.dialect, key)] or ["lr"]

@@ -7,51 +7,17 @@ import numpy as np
 
 from ada2ms.core.trace import sums
 from ada2ms.core.trace.model import Step
-from ada2ms.core.trace.pair import RESIDUE, Pair, factor, relative
+from ada2ms.core.trace.pair import RESIDUE, Pair, factor, grain, relative
 from ada2ms.core.trace.sketch import Array
 from ada2ms.core.trace.verdict import STAGES, Verdict, some
 
+_LEVEL: Final = 16.0  # roundings of a loss: correct ports are a few apart, a slightly different function more
 _COHERENT: Final = 3.0  # of `Pair.coherence`, above which a difference is no noise
+_ALIKE: Final = 2e-5  # relatively, norms that are clipped to one bound; torch adds 1e-6
+_REDUCTION: Final = "the reduction of the loss: mean or sum, over what, and weights of samples"
+_CUT: Final = "detach, stop_gradient and frozen layers between these parameters and the loss"
 _NOISY: Final = 0.3  # the largest share of a gradient that arithmetic of 16 bits is held to explain
 _PRECISIONS: Final = (("bfloat16", 2.0**-8), ("TF32 or float16", 2.0**-11))
-
-
-def start(pair: Pair, apart: Array, norm: Array, bad: Array) -> Verdict:
-    """Other values before the first step."""
-    names = [pair.names[k] for k in np.flatnonzero(bad)]
-    x, y = pair.sketches("value", 0)
-    moved = [k for k in np.flatnonzero(bad) if math.isclose(x[k, 0], y[k, 0], rel_tol=1e-5) and x[k, 0] > 0]
-    if moved and len(moved) == len(names):
-        turned = [k for k in moved if _transposed(pair, pair.names[k])]
-        if turned:
-            cause = f"{some([pair.names[k] for k in turned])} look transposed: the same numbers with axes exchanged"
-            look = [f"axes= for {some([pair.names[k] for k in turned])} (plain_layers knows them for plain layers)"]
-            return Verdict("parted", cause, "start", 1, "transposed", look=look, parameters=names)
-        cause = f"{some(names)} have the same norm and another order of entries"
-        return Verdict(
-            "parted",
-            cause,
-            "start",
-            1,
-            "order",
-            parameters=names,
-            look=["axes= and names=: whether these are the same parameters, in the same layout"],
-        )
-    cause = f"{len(names)} of {len(pair.names)} parameters start from other values: {some(names)}"
-    look = ["the initialisation: copy the weights of one run to the other (export_state and import_state do)"]
-    if len(names) < len(pair.names):
-        look.append("layers whose initialisation differs between the frameworks, such as the bias or the embedding")
-    return Verdict("parted", cause, "start", 1, "initial values", look=look, parameters=names)
-
-
-def _transposed(pair: Pair, name: str) -> bool:
-    x, y = (step.full.get("value", {}).get(name) for step in pair.steps[0])
-    if x is None or y is None or x.ndim < 2 or x.size != y.size:
-        return False
-    orders = [tuple(reversed(range(x.ndim))), (*range(x.ndim - 2), x.ndim - 1, x.ndim - 2)]
-    turned = [x.transpose(order) for order in orders]
-    flat = y.reshape(-1)
-    return any(np.allclose(t.reshape(-1), flat, rtol=1e-5, atol=1e-7 * float(np.abs(flat).max())) for t in turned)
 
 
 def between(pair: Pair, i: int, changed: list[Array]) -> Verdict:
@@ -82,11 +48,13 @@ def loss_and_gradient(pair: Pair, i: int, bad: Array, allowed: float, loss_diffe
         found.append(_others(pair, i, bad & ~gone & ~zero, ~gone_a & ~gone_b & ~zero, allowed, loss_differs))
     if loss_differs and not (found and found[0].stage == "forward"):
         found.append(_loss(pair, i, alone=not bad.any()))
-    if zero.any() and not (found and found[0].kind in ("everything", "some gradients", "precision")):
-        found.append(_zeros(pair, i, zero))
+    reasons = []
+    if zero.any() and not (loss_differs and found and found[0].kind in ("everything", "some gradients", "precision")):
+        reasons.append(_zeros(pair, i, zero))
     if gone.any():
-        found.append(missing(pair, i, gone_a, gone_b))
-    return sorted(found, key=lambda verdict: STAGES.index(verdict.stage))
+        reasons.append(missing(pair, i, gone_a, gone_b))
+    follows = bool(found) and found[0].kind in ("everything", "some gradients", "clipped alike")
+    return sorted(reasons + found if follows else found + reasons, key=lambda verdict: STAGES.index(verdict.stage))
 
 
 def _others(pair: Pair, i: int, bad: Array, use: Array, allowed: float, loss_differs: bool) -> Verdict:
@@ -183,8 +151,12 @@ def _loss(pair: Pair, i: int, *, alone: bool) -> Verdict:
     ratio, difference = y.loss / x.loss if x.loss else math.inf, y.loss - x.loss
     cause = f"the loss that was told differs ({x.loss:.6g} against {y.loss:.6g})"
     cause = f"only {cause}; all gradients agree" if alone else cause
+    if alone and all(_is_clipped(pair, i, side) for side in (0, 1)):
+        norm = f"{_whole(x):.4g}"
+        cause += f", but both are clipped to the norm {norm}, and a factor before that does not show"
+        cause += _factors(ratio, x, y)
     look = [
-        f"what the loss is divided by (the ratio is {ratio:.6g})",
+        f"what the loss is divided by (the ratio is {ratio:.6g}): mean or sum, over what",
         f"terms without a gradient, or a penalty that is only reported (the difference is {difference:.6g})",
     ]
     return Verdict("parted", cause, "forward", i + 1, "only the loss" if alone else "loss", look=look)
@@ -200,24 +172,26 @@ def _scaled(pair: Pair, i: int, c: float, left: float, loss_differs: bool) -> Ve
     if loss_differs and ratio is not None and relative(ratio, c) < 1e-3:
         names = _factors(c, x, y)
         cause = f"loss and gradients of B are {c:.6g} times those of A{names}: another reduction"
-        look = ["the reduction of the loss: mean or sum, over what, and weights of samples"]
-        return Verdict("parted", cause, "forward", i + 1, "reduction", evidence, look=look)
-    norms = [math.sqrt(float(np.nansum(np.square(s.sketches["gradient"][:, 0])))) for s in (x, y)]
+        return Verdict("parted", cause, "forward", i + 1, "reduction", evidence, look=[_REDUCTION])
+    norms = [_whole(s) for s in (x, y)]
     small, large = (0, 1) if norms[0] < norms[1] else (1, 0)
-    if _is_clipped(pair, i, small):
-        both = _is_clipped(pair, i, large)
-        other = f"to {norms[large]:.4g}" if both else "not"
-        cause = (
-            f"the gradients of {'AB'[small]} are clipped to the norm {norms[small]:.4g}, those of {'AB'[large]} {other}"
-        )
-        alone = f"{'AB'[small]} clips before the optimizer ({norms[large]:.4g} unclipped)"
-        look = [f"gradient clipping: {'the norm to which each clips' if both else alone}"]
-        if not both and (pair.a, pair.b)[large].about.get("framework") == "jax":
-            look.append("where `recorded` is: if it is around the clipping too, put it within, around the rule alone")
-        return Verdict("parted", cause, "gradient", i + 1, "clipping", evidence, look=look)
+    clips = [_is_clipped(pair, i, side) for side in (0, 1)]
+    if loss_differs and ratio is not None:
+        hidden = " and ".join(f"{'AB'[k]}'s are clipped to the norm {norms[k]:.4g}" for k in (0, 1) if clips[k])
+        cause = f"the loss of B is {ratio:.6g} times that of A, gradients are {c:.6g} times those of A"
+        cause += f", where {hidden}" * bool(hidden) + (_factors(ratio, x, y) or ": another reduction")
+        return Verdict("parted", cause, "forward", i + 1, "reduction", evidence, look=[_REDUCTION])
+    if all(clips) and relative(*norms) < _ALIKE:
+        cause = f"the other gradients of B are {c:.6g} times those of A: both clip to the norm {norms[0]:.4g} of all"
+        return Verdict("parted", cause, "gradient", i + 1, "clipped alike", evidence)
+    if clips[small]:
+        return _clipped(pair, i, norms, clips, evidence)
     cause = f"all gradients of B are {c:.6g} times those of A{_factors(c, x, y)}"
-    look = ["how losses are summed over batches, devices and accumulated steps", "a loss scale that is not taken out"]
-    if _is_clipped(pair, i, large):
+    look = [
+        "how losses are summed over batches, devices and accumulated steps",
+        "a loss scale that is not taken out" + ", or only after gradients are clipped" * clips[large],
+    ]
+    if clips[large]:
         evidence.append(
             f"the gradients of {'AB'[large]} are clipped to the norm {norms[large]:.4g}: before that the factor is "
             "larger, and where both are clipped it does not show"
@@ -225,14 +199,28 @@ def _scaled(pair: Pair, i: int, c: float, left: float, loss_differs: bool) -> Ve
     return Verdict("parted", cause, "gradient", i + 1, "factor", evidence, look=look)
 
 
+def _clipped(pair: Pair, i: int, norms: list[float], clips: list[bool], evidence: list[str]) -> Verdict:
+    """Gradients that are clipped in the run where they are smaller, and not or to another norm in the other."""
+    small, large = (0, 1) if norms[0] < norms[1] else (1, 0)
+    other = f"to {norms[large]:.4g}" if clips[large] else "not"
+    cause = f"the gradients of {'AB'[small]} are clipped to the norm {norms[small]:.4g}, those of {'AB'[large]} {other}"
+    alone = f"{'AB'[small]} clips before the optimizer ({norms[large]:.4g} unclipped)"
+    look = [f"gradient clipping: {'the norm to which each clips' if clips[large] else alone}"]
+    if not clips[large] and (pair.a, pair.b)[large].about.get("framework") == "jax":
+        look.append("where `recorded` is: if it is around the clipping too, put it within, around the rule alone")
+    return Verdict("parted", cause, "gradient", i + 1, "clipping", evidence, look=look)
+
+
+def _whole(step: Step) -> float:
+    """The norm of a step's gradient over the model."""
+    return math.sqrt(float(np.nansum(np.square(step.sketches["gradient"][:, 0]))))
+
+
 def _is_clipped(pair: Pair, i: int, side: int) -> bool:
     """Whether a run's norm is a round number that it does not exceed in the next steps."""
-    norms = [
-        math.sqrt(float(np.nansum(np.square(steps[side].sketches["gradient"][:, 0]))))
-        for steps in pair.steps[i : i + 8]
-    ]
+    norms = [_whole(steps[side]) for steps in pair.steps[i : i + 8]]
     rounded = float(f"{norms[0]:.2g}")
-    return math.isclose(norms[0], rounded, rel_tol=2e-5) and max(norms) <= rounded * (1 + 2e-5)
+    return math.isclose(norms[0], rounded, rel_tol=_ALIKE) and max(norms) <= rounded * (1 + _ALIKE)
 
 
 def _factors(c: float, x: Step, y: Step) -> str:
@@ -257,26 +245,46 @@ def _factors(c: float, x: Step, y: Step) -> str:
 
 
 def _everything(pair: Pair, i: int, bad: Array, stage: str, names: list[str]) -> Verdict:
-    gone, _ = pair.missing(i)
+    gone = np.logical_or(*pair.missing(i)) | np.logical_xor(*(g[:, 0] == 0 for g in pair.sketches("gradient", i)))
     _, norm, _ = pair.apart("gradient", i)
     telling = ~gone & (norm > RESIDUE * np.max(norm))  # such as not of a bias that a normalisation takes out again
     if bad[telling].all():
-        cause = "loss and all gradients differ" if stage == "forward" else "all gradients differ, and the loss does not"
-        look = (
-            [
-                "what the forward pass computes: activations, normalisation (epsilon, eval mode), masks, the loss",
-                "randomness: dropout, augmentation (a second recording of A says whether A repeats itself)",
-            ]
-            if stage == "forward"
-            else ["the last layers' backward pass, and what happens to gradients before the optimizer gets them"]
-        )
-        return Verdict("parted", cause, stage, i + 1, "everything", look=look, parameters=names)
+        return _all_differ(pair, i, stage, names, others=bool(gone.any()))
     order = [pair.names[k] for k in np.flatnonzero(bad)]
     where = [sentence for k in np.flatnonzero(bad)[:3] if (sentence := sums.place(pair, i, k))]
     good = [pair.names[k] for k in np.flatnonzero(~bad & telling)]
     cause = f"the gradients of {some(order)} differ, those of {some(good, 2)} agree"
     look = [f"the layers of {some(order)}, what lies between them and those that agree"]
     return Verdict("parted", cause, stage, i + 1, "some gradients", where, look=look, parameters=order)
+
+
+def _all_differ(pair: Pair, i: int, stage: str, names: list[str], *, others: bool) -> Verdict:
+    """Without any pattern: all that both runs have.
+
+    Args:
+        pair: the traces.
+        i: the step.
+        stage: "forward" if losses differ by more than rounding explains.
+        names: of the parameters.
+        others: whether there are gradients besides, which one run alone has.
+    """
+    x, y = (step.loss for step in pair.steps[i])
+    forward = [
+        "what the forward pass computes: activations, normalisation (epsilon, eval mode), positions and masks, "
+        "labels and weights in the loss",
+        "randomness: dropout, augmentation (a second recording of A says whether A repeats itself)",
+    ]
+    backward = ["the last layers' backward pass, and what happens to gradients before the optimizer gets them"]
+    every = "the other gradients" if others else "all gradients"
+    if stage == "forward":
+        cause, look = f"loss and {every} differ", forward
+    elif relative(x, y) > _LEVEL * max(grain(x), grain(y)):
+        stage = "forward"
+        cause = f"{every} differ, and the loss by little ({relative(x, y):.1e})"
+        look = ["a small difference in the forward pass: a normalisation's epsilon, GELU by tanh or by erf", *forward]
+    else:
+        cause, look = f"{every} differ, and the loss does not", [_CUT] if others else backward
+    return Verdict("parted", cause, stage, i + 1, "everything", look=look, parameters=names)
 
 
 def sizes(pair: Pair, what: str, i: int, bad: Array) -> list[str]:

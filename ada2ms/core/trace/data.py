@@ -24,7 +24,8 @@ def compare(steps: Sequence[tuple[Step, Step]], i: int, notes: list[str]) -> Ver
     if len(steps[i][0].batches) != len(steps[i][1].batches):
         return _counts(steps, i, notes)
     if len(a) != len(b):
-        return _verdict(i, "arrays", f"A was told {len(a)} arrays and B {len(b)}", ["what is given to batch()"])
+        look = ["what is given to batch()", "in `fit` of Keras the third array has the weights of samples or classes"]
+        return _verdict(i, "arrays", f"A was told {len(a)} arrays and B {len(b)}", look)
     kinds = [alike(x, y) for x, y in zip(a, b, strict=True)]
     if all(kind == "equal" for kind in kinds):
         return None
@@ -80,7 +81,16 @@ def alike(x: Print, y: Print) -> Likeness:
     whole = [5 + 2 * SUMS + k for k in range(SUMS)]
     if ratio and known and all(_near(x[k] * ratio, y[k], scale) for k in whole):
         return "scaled"
+    if ratio and known and samples and _is_scaled_by_sample(x, y, ratio):
+        return "scaled"
     return "other"
+
+
+def _is_scaled_by_sample(x: Print, y: Print, ratio: float) -> bool:
+    """Whether every sample is multiplied by one number, in whatever layout."""
+    norm = math.sqrt(y[3] * max(y[0], 1))
+    sums = all(_near(x[4 + k] * ratio, y[4 + k], norm) for k in range(SUMS))
+    return sums and all(_near(x[4 + SUMS + k] * ratio**2, y[4 + SUMS + k], y[3]) for k in range(SUMS))
 
 
 def _is_one_hot(x: Print) -> bool:
@@ -152,11 +162,21 @@ def _elsewhere(
         if shifted(n):
             cause = f"B has the batches of A {abs(n)} step{'s' if abs(n) > 1 else ''} {'later' if n > 0 else 'earlier'}"
             look = ["a batch that is taken before the loop", "the position in the data after a restart"]
+            if not all(flat(step) for step in steps[0]):
+                look.insert(0, "whether batch() is called before the step in both: one has no batch at step 1")
             return _verdict(i, "shifted", cause, look)
     found = sum(any(_same(x, y) for _, y in steps) for x, _ in steps[i:])
     if found > 0.5 * (len(steps) - i):
         cause = f"B has the batches of A in another order ({found} of {len(steps) - i} are found at other steps)"
         return _verdict(i, "order", cause, ["the seed and the generator by which batches are shuffled"])
+    for side, who in enumerate("AB"):
+        earlier = [s[side] for s in steps[:i]]
+        again = next((j for j, step in enumerate(earlier) if _same(steps[i][side], step)), None)
+        other = any(_same(steps[i][1 - side], s[1 - side]) for s in steps[:i])
+        if again is not None and not other:
+            cause = f"the batch of {who} is that of its step {again + 1} again, that of {'BA'[side]} is a new one"
+            look = ["whether each epoch is shuffled anew, and with which seed"]
+            return _verdict(i, "repeated", cause, look)
     totals = [[sum(flat(s)[0][k] for s in side[i:]) for k in (0, 2, 3)] for side in zip(*steps, strict=True)]
     if len(steps) - i > 1 and all(
         _near(p, q, max(abs(p), math.sqrt(abs(totals[0][2])))) for p, q in zip(*totals, strict=True)

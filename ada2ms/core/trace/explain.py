@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from ada2ms.core.dialects import DEFAULTS, FAMILIES, OWN_HYPER, Dialect, base, replay, said, variants
+from ada2ms.core.dialects import DEFAULTS, FAMILIES, KNOWN, OWN_HYPER, Dialect, claimed, replay, said, variants
 from ada2ms.core.trace.model import Trace
 from ada2ms.core.trace.numbers import decays, searched
 from ada2ms.core.trace.series import Series, series
@@ -119,15 +119,15 @@ def explain(trace: Trace, *, prefer: Dialect | None = None) -> Fit | None:
     """The simplest dialect that explains a run; the one that comes nearest if none does; None without a record.
 
     First the one that the optimizer is said to speak, then with another weight decay, then those that differ from it in
-    one thing, and whether a factor of the learning rate is the matter, then any decay rates and epsilons, and at last
-    those that differ in two things.
+    one thing, and whether a factor of the learning rate is the matter, then the optimizers of other families, any decay
+    rates and epsilons, and at last those that differ in two things.
 
     Args:
         trace: of the run.
         prefer: a dialect to try first, if the optimizer's own is not to be.
     """
     run = series(trace)
-    return explain_run(run, prefer or base(str(trace.about.get("optimizer", "")), run[0].hyper[0])) if run else None
+    return explain_run(run, prefer or claimed(str(trace.about.get("optimizer", "")), run[0].hyper[0])) if run else None
 
 
 def explain_run(run: list[Series], first: Dialect) -> Fit:
@@ -149,6 +149,10 @@ def explain_run(run: list[Series], first: Dialect) -> Fit:
                 tried.append(fit(dialect, run, free=free))
                 if tried[-1].fits and not (free and _wild(tried[-1])):
                     return tried[-1]
+    for dialect in dict.fromkeys(known for known in KNOWN.values() if known.family not in (first.family, other)):
+        tried.append(fit(dialect, run))
+        if tried[-1].fits:
+            return tried[-1]
     for dialect in searched(first, run, lambda dialect: fit(dialect, run).deviation):
         tried.append(fit(dialect, run))
         if tried[-1].fits:

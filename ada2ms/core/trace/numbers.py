@@ -11,28 +11,34 @@ from ada2ms.core.dialects import DEFAULTS, OWN_HYPER, Dialect, replay
 from ada2ms.core.trace.series import Series
 
 _DIGITS: Final = range(1, 6)  # significant ones, of a number that is proposed
-_SEARCHED: Final = {"b2": (1e-6, 0.5), "b1": (1e-4, 1.0), "eps": (1e-14, 0.1)}  # the range of 1 - b1, 1 - b2, eps
+_SEARCHED: Final = {  # the range of eps, and of what is missing to 1 of the others
+    "b2": (1e-6, 0.5),
+    "b1": (1e-4, 1.0),
+    "momentum": (1e-4, 1.0),
+    "eps": (1e-14, 0.1),
+}
 _STEPS: Final = 40  # of a search; each makes the range smaller by the golden section
 
 
 def decays(dialect: Dialect, run: list[Series]) -> Iterator[Dialect]:
     """The dialect with the weight decay that fits best, of few digits first: what it adds is linear in it."""
-    if dialect.decay != "decoupled" or "weight_decay" not in OWN_HYPER[dialect.family]:
+    if dialect.decay not in ("decoupled", "unscaled") or "weight_decay" not in OWN_HYPER[dialect.family]:
         return
     plain = replace(dialect, changed=_with(dialect, "weight_decay", 0.0))
+    by_rate = dialect.decay == "decoupled"
     directions = [replay(plain, s.values, s.gradients, s.hyper, s.means[plain.scope]) for s in run]
     found = []
     for i in range(len(run[0].values)):
         told = [s.hyper[i].get("lr") for s in run]
         rates = [1.0 if lr is None else lr for lr in told]
         u = np.concatenate([s.updates[i] for s in run])
-        x = np.concatenate([lr * s.values[i] for s, lr in zip(run, rates, strict=True)])
+        x = np.concatenate([(lr if by_rate else 1.0) * s.values[i] for s, lr in zip(run, rates, strict=True)])
         d = np.concatenate([lr * each[i][0] for each, lr in zip(directions, rates, strict=True)])
         if not np.isfinite([u @ u, d @ d, x @ x]).all() or not x @ x > 0:
             return
         if None in told:
             (c, e), *_ = np.linalg.lstsq(np.stack([d, x], 1), u, rcond=None)
-            found.append(-e / c if c > 0 else math.nan)
+            found.append(-e / (c if by_rate else 1.0) if c > 0 else math.nan)
         else:
             found.append(-((u - d) @ x) / (x @ x))
     if np.isfinite(found).all() and (number := float(np.median(found))) > 0:

@@ -11,6 +11,7 @@ from ada2ms.core.trace.verdict import Verdict, some
 # By name, value in A, value in B, and the groups in A and B: the parameters of which it is so.
 Differing = dict[tuple[str, float, float, tuple[int, int]], list[str]]
 
+_WARMUP = 3  # steps of a rise by which a warmup is known
 _MOST = 4  # sentences on one hyperparameter
 
 
@@ -28,6 +29,9 @@ def hyperparameters(pair: Pair, i: int, differing: Differing) -> Verdict:
         look.append(
             "whether the schedule moves once in a step or once in an epoch, and for which its lengths are meant"
         )
+    moving = [key for key in differing if any(np.ptp(x[np.isfinite(x)]) > 0 for x in _tracks(pair, key[0], key[3]))]
+    if moving and not look:
+        look.append("the schedule: how long it warms up and from what, how many steps it has in all, and where it ends")
     every = sorted({name for names in differing.values() for name in names})
     if len(every) < len(pair.names):
         look.append("masks and groups: which parameters decay, or have a learning rate of their own")
@@ -65,10 +69,17 @@ def _track(steps: Sequence[Step], name: str, group: int) -> "np.ndarray[tuple[in
     return np.array([s.hyper[min(group, len(s.hyper) - 1)].get(name, np.nan) if s.hyper else np.nan for s in steps])
 
 
+def _tracks(
+    pair: Pair, name: str, groups: tuple[int, int]
+) -> "tuple[np.ndarray[tuple[int], np.dtype[np.float64]], ...]":
+    """In A and in B."""
+    sides = zip(*pair.steps, strict=True)
+    return tuple(_track(side, name, group) for side, group in zip(sides, groups, strict=True))
+
+
 def _course(pair: Pair, name: str, groups: tuple[int, int]) -> tuple[str, str]:
     """How a hyperparameter goes in one run and in the other: a kind, and a sentence that begins with "{name}"."""
-    sides = zip(*pair.steps, strict=True)
-    x, y = (_track(side, name, group) for side, group in zip(sides, groups, strict=True))
+    x, y = _tracks(pair, name, groups)
     n = len(x)
     if n > 2 and np.ptp(x) > 0:
         for k in (1, -1, 2, -2):
@@ -77,6 +88,11 @@ def _course(pair: Pair, name: str, groups: tuple[int, int]) -> tuple[str, str]:
                 ahead = "A" if k < 0 else "B"
                 steps = f"{abs(k)} step{'s' if abs(k) > 1 else ''}"
                 return f"{name} shifted", "{name}" + f" of {ahead} is {steps} ahead (off by {abs(k)})"
+            m = int(np.argmin(np.append(np.isclose(one, two, rtol=1e-5, atol=1e-12), False)))
+            if m >= _WARMUP and np.all(np.diff(one[:m]) > 0):
+                ahead = "A" if k < 0 else "B"
+                words = f" of {ahead} is {abs(k)} step{'s' if abs(k) > 1 else ''} ahead for {m + abs(k)} steps"
+                return f"{name} shifted", "{name}" + f"{words} (a warmup from another number?)"
     if words := _unit(x, y):
         return f"{name} unit", words
     with np.errstate(divide="ignore", invalid="ignore"):
@@ -89,7 +105,7 @@ def _course(pair: Pair, name: str, groups: tuple[int, int]) -> tuple[str, str]:
 def _unit(x: "np.ndarray[tuple[int], np.dtype[np.float64]]", y: "np.ndarray[tuple[int], np.dtype[np.float64]]") -> str:
     """Whether one run's values are the other's, each for several steps; empty if not."""
     for fast, slow, who in ((x, y, "AB"), (y, x, "BA")):
-        if np.ptp(slow) == 0 and len(np.unique(fast)) > 2 and np.isclose(fast[0], slow[0], rtol=1e-5):
+        if np.ptp(slow) == 0 and len(np.unique(fast)) > 2 and np.isclose(fast, slow[0], rtol=1e-5).any():
             words = f" of {who[1]} stays at {slow[0]:.6g} where that of {who[0]} moves"
             return "{name}" + words + " (a schedule that is missing, or moves per epoch?)"
         for every in range(2, len(slow)):

@@ -5,12 +5,13 @@ among them. What one dialect explains is told from the rest, and of the rest eac
 """
 
 import math
-from collections.abc import Collection, Iterable
+from collections.abc import Collection
 from dataclasses import dataclass, replace
 
-from ada2ms.core.dialects import DEFAULTS, OWN_HYPER, Dialect, base
+from ada2ms.core.dialects import DEFAULTS, OWN_HYPER, Dialect, claimed
 from ada2ms.core.trace.explain import Fit, explain_run, fit
 from ada2ms.core.trace.model import Trace
+from ada2ms.core.trace.near import near
 from ada2ms.core.trace.pair import relative
 from ada2ms.core.trace.series import Series, series
 
@@ -54,6 +55,11 @@ class Voice:
             if all(now.get(name) == told[0].get(name) for now in told)
         }
         return replace(dialect, changed=tuple(sorted({**changed, **dict(dialect.changed)}.items())))
+
+    def groups(self) -> "list[Voice]":
+        """One for each group of hyperparameters that was recorded, which the rule is to have."""
+        numbers = dict.fromkeys(s.parameter.group for s in self.run)
+        return [self.only([s.parameter.name for s in self.run if s.parameter.group == n]) for n in numbers]
 
     def only(self, names: Collection[str]) -> "Voice":
         """Of some of its parameters."""
@@ -99,21 +105,25 @@ class Speech:
         return next(voice for voice in self.voices if name in voice.names)
 
 
-def speech(trace: Trace, prefer: Iterable[Dialect] = ()) -> Speech | None:
+def speech(trace: Trace, like: Speech | None = None) -> Speech | None:
     """What explains a run: one dialect, or as few as there are groups. None without a record.
 
     Args:
         trace: of the run.
-        prefer: dialects to try before others, such as those of another run.
+        like: another run's, whose rules are tried before others, and then those that differ from them in one thing.
     """
     run = series(trace)
     if not run:
         return None
-    own = base(str(trace.about.get("optimizer", "")), run[0].hyper[0])
-    firsts = list(dict.fromkeys([*prefer, own]))
+    own = claimed(str(trace.about.get("optimizer", "")), run[0].hyper[0])
+    known = [voice for voice in like.voices if voice.fit.fits] if like else []
+    rules = [*[voice.fit.dialect for voice in known], *[voice.rule() for voice in known]]
+    firsts = list(dict.fromkeys([*rules, own]))
     for dialect in firsts:
         if (found := fit(dialect, run)).fits:
             return Speech([Voice(found, run)], found.steps)
+    if voices := _near(run, known):
+        return Speech(voices, voices[0].fit.steps)
     voices = _each(run, firsts, own)
     dialects = list(dict.fromkeys(voice.fit.dialect for voice in voices if voice.fit.fits))
     for dialect in dialects:
@@ -127,6 +137,21 @@ def speech(trace: Trace, prefer: Iterable[Dialect] = ()) -> Speech | None:
     if whole.fits or not any(voice.fit.fits for voice in voices):
         voices = [Voice(whole, run)]
     return Speech(voices, whole.steps)
+
+
+def _near(run: list[Series], others: list[Voice]) -> list[Voice]:
+    """What explains each part of a run for which another run has a voice, near to that; empty if not all is near."""
+    there = {s.parameter.name: s for s in run}
+    voices: list[Voice] = []
+    heard = 0
+    for other in (group for voice in others for group in voice.groups()):
+        if part := [there[name] for name in other.names if name in there]:
+            found = near(other.rule(), part)
+            if found is None:
+                return []
+            voices.append(Voice(found, part))
+            heard += len(part)
+    return voices if heard == len(run) else []
 
 
 def _each(run: list[Series], firsts: list[Dialect], own: Dialect) -> list[Voice]:
@@ -183,21 +208,6 @@ def alike(a: Voice, b: Voice) -> bool:
         if found.fit.fits and same_rates(here.rates, found.rates, max(here.fit.noise, found.fit.noise)):
             return True
     return False
-
-
-def nearest(a: Voice, b: Voice) -> Voice:
-    """Of what explains b, what is nearest to a: no hyperparameter differs that need not.
-
-    Such as a weight decay of biases that are nearly 0, of which updates show nothing.
-    """
-    rule = dict(a.rule().changed)
-    for name, value in rule.items():
-        theirs = dict(b.rule().changed)
-        if b.fit.fits and theirs.get(name, value) != value:
-            trial = replace(b.fit.dialect, changed=tuple(sorted({**theirs, name: value}.items())))
-            found = fit(trial, b.run, free=b.fit.free)
-            b = Voice(found, b.run) if found.fits else b
-    return b
 
 
 def odd_rate(a: Voice, b: Voice) -> int | None:

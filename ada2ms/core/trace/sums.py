@@ -15,6 +15,7 @@ from ada2ms.core.trace.sketch import Array
 from ada2ms.core.trace.verdict import Verdict, some
 
 _MOST: Final = 0.999  # the share of a difference that is held to be all of it
+_FREE: Final = 8  # entries within a bound, by which a factor is told
 _EXACT: Final = 1e-4  # how near to each other norms are that are clipped to one bound; torch adds 1e-6 to each
 
 
@@ -86,7 +87,8 @@ def clipped(pair: Pair, i: int, bad: Array, common: Mapping[str, float], stage: 
             cause = f"the gradients of {some(names)} are clipped {norm} in {who}, not in {other}"
             look = ["clipping of each tensor (clipnorm) where the other clips the whole model, or not at all"]
             return Verdict("parted", cause, stage, i + 1, "clipping of each", look=look, parameters=names)
-        bounds = [_bound(pair, i, k, side, allowed) for k in map(int, np.flatnonzero(bad))]
+        scale = _scale(pair, i, bad, side)
+        bounds = [_bound(pair, i, k, side, allowed, scale) for k in map(int, np.flatnonzero(bad))]
         if all(b is not None for b in bounds) and np.ptp(np.array(bounds, float)) <= _EXACT * float(bounds[0] or 0):
             cause = f"the gradients of {who} are clipped to {bounds[0]:.4g} entry by entry, those of {other} not"
             look = ["clipping by value (clipvalue, clip_grad_value_) where the other clips by norm, or not at all"]
@@ -94,14 +96,24 @@ def clipped(pair: Pair, i: int, bad: Array, common: Mapping[str, float], stage: 
     return None
 
 
-def _bound(pair: Pair, i: int, k: int, side: int, allowed: float) -> float | None:
+def _scale(pair: Pair, i: int, bad: Array, side: int) -> float:
+    """By what the other run's gradients are smaller where no bound is seen: such as what it clips by the norm."""
+    entries = [x for k, x in enumerate(pair.entries("gradient", i)) if bad[k] and x is not None]
+    if not entries:
+        return 1.0
+    here, there = (np.concatenate([x[s] for x in entries]) for s in (side, 1 - side))
+    free = (np.abs(here) < np.abs(here).max(initial=0.0) / 2) & (there != 0)
+    return float(np.median(here[free] / there[free])) if np.count_nonzero(free) >= _FREE else 1.0
+
+
+def _bound(pair: Pair, i: int, k: int, side: int, allowed: float, scale: float) -> float | None:
     """The bound to which a run's gradient is clipped, entry by entry; None if it is not."""
     entries = pair.entries("gradient", i)[k]
     if entries is None:
         return None
     here, there = entries[side], entries[1 - side]
     most = float(np.abs(here).max(initial=0.0))
-    wanted = np.clip(there, -most, most)
+    wanted = np.clip(scale * there, -most, most)
     error = float(np.linalg.norm(here - wanted))
     return most if most > 0 and error <= allowed * float(np.linalg.norm(wanted)) else None
 

@@ -9,17 +9,24 @@ from dataclasses import replace
 
 import numpy as np
 
-from ada2ms.core.dialects import OWN_HYPER
+from ada2ms.core.dialects import OWN_HYPER, Dialect
 from ada2ms.core.trace import causes
 from ada2ms.core.trace.explain import Fit, fit, spoken
-from ada2ms.core.trace.pair import Pair, factor
+from ada2ms.core.trace.near import nearest
+from ada2ms.core.trace.pair import Pair, factor, relative
 from ada2ms.core.trace.sketch import precision
-from ada2ms.core.trace.speech import Speech, Voice, alike, nearest, odd_rate, same_rates, speech
+from ada2ms.core.trace.speech import Speech, Voice, alike, odd_rate, same_rates, speech
 from ada2ms.core.trace.verdict import Verdict, joined, some
 
 _LOOK = ["the arguments of the optimizers", "docs of the optimizers: in what their rules differ"]
 _STRIDE = 0.15  # how near 1 the update of a first step is, in units of lr: norms of updates are estimates
 _MASKS = "masks and groups: which parameters decay, or have a learning rate of their own"
+
+
+_ALIKE = 1e-4  # relatively, learning rates that are told as one
+_MOST = 3  # learning rates that are told one by one
+
+_Odd = tuple[Voice, Voice]  # of the same parameters in A and in B, which differ
 
 
 class Updates:
@@ -38,14 +45,14 @@ class Updates:
         self.b: Speech | None = None
         self.both = False
         self.covered = 0
-        self.odd: list[tuple[Voice, Voice]] = []  # of the same parameters, which differ
+        self.odd: list[_Odd] = []
 
     def explain(self) -> None:
         """Finds what each run speaks."""
         self.a = speech(self.pair.a)
-        told = [voice.rule() for voice in self.a.voices if voice.fit.fits] if self.a else []
-        plain = [voice.fit.dialect for voice in self.a.voices if voice.fit.fits] if self.a else []
-        self.b = speech(self.pair.b, [*plain, *told])
+        self.b = speech(self.pair.b, self.a)
+        if self.a and self.b and self.b.fits and not self.a.fits:
+            self.a = speech(self.pair.a, self.b)
         if self.a is None or self.b is None:
             return
         self.covered = min(self.a.steps, self.b.steps)
@@ -58,11 +65,13 @@ class Updates:
         for (i, j, _, _), names in shared.items():
             x, y = self.a.voices[i].only(names), self.b.voices[j].only(names)
             if not (x.fit.fits and y.fit.fits and alike(x, y)):
-                self._differ(x, nearest(x, y))
+                self._differ(x, y)
         self.both = not self.odd and self.covered > 0
 
     def _differ(self, x: Voice, y: Voice) -> None:
         """Notes that parameters differ, together with those that differ in the same."""
+        if x.fit.fits and y.fit.fits:
+            y = Voice(nearest(y.fit, y.run, x.rule()), y.run)
         for k, (other_x, other_y) in enumerate(self.odd):
             if all(mine.is_as(theirs) for mine, theirs in ((other_x, x), (other_y, y))):
                 self.odd[k] = other_x.with_(x), other_y.with_(y)
@@ -78,8 +87,7 @@ class Updates:
         """
         if self.both and i < self.covered:
             return None
-        found = [v for x, y in self.odd if (v := self._unlike(x, y, i))] if i < self.covered else []
-        return joined(found) or self._apart(i, allowed(i))
+        return joined(self._unlike(self.odd, i)) or self._apart(i, allowed(i))
 
     def beyond(self, what_was_told: bool) -> list[Verdict]:
         """In what the rules differ in any step that is known.
@@ -88,8 +96,7 @@ class Updates:
             what_was_told: whether to leave out what hyperparameters that were told explain.
         """
         odd = [(x, y) for x, y in self.odd if not (what_was_told and _is_told(x, y))]
-        every = [v for i in range(self.covered) for x, y in odd if (v := self._unlike(x, y, i))]
-        return every
+        return [verdict for i in range(self.covered) for verdict in self._unlike(odd, i)]
 
     def agree_on(self, name: str, parameter: str) -> bool:
         """Whether the updates of a parameter show that a hyperparameter is equal, whatever was told of it."""
@@ -100,70 +107,100 @@ class Updates:
         values = [dict(v.rule().changed).get(name) for v in shown]
         return len(shown) == 2 and changed and (name == "lr" or values[0] == values[1])
 
-    def _unlike(self, x: Voice, y: Voice, i: int) -> Verdict | None:
-        """In what the rules of some parameters differ, if it shows in this step."""
-        if x.fit.fits and y.fit.fits:
-            if x.rule() != y.rule():
-                return self._dialects(x, y) if i == 0 else None
-            return self._rate(x, y, i) if odd_rate(x, y) == i else None
-        if not (x.fit.fits or y.fit.fits):
-            return None
-        known, other, side = (x, y, "B") if x.fit.fits else (y, x, "A")
-        odd = fit(known.rule(), other.run, free=known.fit.free)
-        if odd.fits or i != odd.first:
-            return None
-        names = [name for name in other.names if name in odd.off]
-        evidence = [
-            f"the other's updates are those of {spoken(known.fit)}, to {known.fit.deviation:.1e}; {side}'s are up to "
-            f"{odd.deviation:.1e} off it, and none of the catalogue's"
-        ]
-        cause = f"the updates of {some(names)} in {side} do not follow from their gradients as the other's do"
-        some_of = len(names) < len(self.pair.names)
-        look = [*[_MASKS] * some_of, "the optimizer, what it keeps from before, and what wraps it"]
-        kind = "some updates" if some_of else "other updates"
-        return Verdict("parted", cause, "update", i + 1, kind, evidence, look=look, parameters=names)
-
-    def _rate(self, x: Voice, y: Voice, i: int) -> Verdict:
-        """Other learning rates; those of all groups in one sentence, if they differ by one factor."""
-        odd = [pair for pair in self._rules() if odd_rate(*pair) == i]
-        ratios = [w.rates[i] / v.rates[i] if v.rates[i] else math.inf for v, w in odd]
-        noise = max(max(v.fit.noise, w.fit.noise) for v, w in odd)
-        names = [name for v, _ in odd for name in v.names]
-        look = ["the schedule as the optimizer sees it, and wrappers that scale updates"]
-        rates = f"{odd[0][0].rates[i]:.6g} in A and {odd[0][1].rates[i]:.6g} in B"
-        if len(odd) > 1 and len(names) == len(self.pair.names) and same_rates(ratios, ratios[:1] * len(odd), noise):
-            cause = (
-                f"the learning rate that updates show is {ratios[0]:.6g} times as large in B as in A, in every group"
-            )
-            evidence = [f"that of {some(odd[0][0].names)} is {rates}"]
-            return Verdict("parted", cause, "update", i + 1, "lr", evidence, look=look, parameters=names)
-        whose = self._whose(x.names)
-        cause = f"the learning rate that updates{whose} show is {x.rates[i]:.6g} in A and {y.rates[i]:.6g} in B"
-        look += [_MASKS] * bool(whose)
-        return Verdict("parted", cause, "update", i + 1, "lr", look=look, parameters=x.names)
-
-    def _rules(self) -> list[tuple[Voice, Voice]]:
-        """Of what differs, that of which both rules are known."""
-        return [(x, y) for x, y in self.odd if x.fit.fits and y.fit.fits]
+    def _unlike(self, odd: list[_Odd], i: int) -> list[Verdict]:
+        """In what rules differ, if it shows in this step; of parameters that differ in the same together."""
+        if i >= self.covered:
+            return []
+        rates: dict[tuple[float, float], list[_Odd]] = {}
+        rules: dict[str, list[_Odd]] = {}
+        strange: dict[str, list[tuple[_Odd, Fit]]] = {}
+        for x, y in odd:
+            if x.fit.fits and y.fit.fits:
+                if x.rule() != y.rule():
+                    if i == 0:
+                        rules.setdefault("; ".join(_differences(x, y)), []).append((x, y))
+                elif odd_rate(x, y) == i:
+                    seen = x.rates[i], y.rates[i]
+                    near = next((k for k in rates if all(map(_near, k, seen))), seen)
+                    rates.setdefault(near, []).append((x, y))
+            elif x.fit.fits or y.fit.fits:
+                known, other, side = (x, y, "B") if x.fit.fits else (y, x, "A")
+                off = fit(known.rule(), other.run, free=known.fit.free)
+                if not off.fits and i == off.first:
+                    strange.setdefault(side, []).append(((x, y), off))
+        found = [self._strange(side, each, i) for side, each in strange.items()]
+        found += [self._dialects(said, each) for said, each in rules.items()]
+        return found + ([self._rates(rates, i)] if rates else [])
 
     def _whose(self, names: list[str]) -> str:
         return "" if len(names) == len(self.pair.names) else f" of {some(names)}"
 
-    def _dialects(self, x: Voice, y: Voice) -> Verdict:
-        """Other rules; of all groups that differ in the same together."""
-        kinds = [name for name in vars(x.fit.dialect) if getattr(x.fit.dialect, name) != getattr(y.fit.dialect, name)]
-        said = _differences(x, y)
-        names = [name for pair in self._rules() if _differences(*pair) == said for name in pair[0].names]
-        some_of = len(names) < len(self.pair.names)
-        where = f"{some(names)} go by another rule in B" if some_of else "the optimizers compute other things"
-        cause = f"{where}: {'; '.join(said)}"
-        evidence = [
-            f"{side}'s updates{self._whose(v.names)} are those of {spoken(v.fit)}, to {v.fit.deviation:.1e}"
-            for side, v in (("A", x), ("B", y))
+    def _rates(self, rates: dict[tuple[float, float], list[_Odd]], i: int) -> Verdict:
+        """Other learning rates than those that were told, or where none were."""
+        each = {pair: [name for x, _ in odd for name in x.names] for pair, odd in rates.items()}
+        names = [name for group in each.values() for name in group]
+        whose = self._whose(names)
+        sentences = [
+            f"the learning rate that updates{self._whose(group)} show is {here:.6g} in A and {there:.6g} in B"
+            for (here, there), group in each.items()
         ]
-        other = fit(x.rule(), y.run)
-        if not math.isclose(other.deviation, y.fit.deviation):
-            evidence.append(f"B's differ from what A's rule makes of the same gradients by up to {other.deviation:.1e}")
+        look = ["the schedule as the optimizer sees it, and wrappers that scale updates"]
+        ratios = [there / here if here else math.inf for here, there in each]
+        noise = max(max(x.fit.noise, y.fit.noise) for odd in rates.values() for x, y in odd)
+        if len(each) > 1 and not whose and same_rates(ratios, ratios[:1] * len(ratios), noise):
+            cause = (
+                f"the learning rate that updates show is {ratios[0]:.6g} times as large in B as in A, in every group"
+            )
+            return Verdict("parted", cause, "update", i + 1, "lr", sentences, look=look, parameters=names)
+        if len(each) > _MOST:
+            sides = [sorted(side) for side in zip(*each, strict=True)]
+            a, b = (f"{x[0]:.6g}" if x[0] == x[-1] else f"{x[0]:.6g} to {x[-1]:.6g}" for x in sides)
+            cause = f"the learning rate that updates{whose} show is {a} in A and {b} in B, tensor by tensor"
+            look += [_MASKS] * bool(whose)
+            return Verdict("parted", cause, "update", i + 1, "lr", sentences, look=look, parameters=names)
+        look += [_MASKS] * bool(whose)
+        return Verdict("parted", "; ".join(sentences), "update", i + 1, "lr", look=look, parameters=names)
+
+    def _strange(self, side: str, each: list[tuple[_Odd, Fit]], i: int) -> Verdict:
+        """Updates of one run that no rule of the catalogue explains, where those of the other run are explained."""
+        names = [name for (x, _), off in each for name in x.names if name in off.off]
+        other = "B" if side == "A" else "A"
+        evidence = []
+        for (x, y), off in each:
+            known = y if side == "A" else x
+            evidence.append(
+                f"{other}'s updates{self._whose(x.names)} are those of {spoken(known.fit)}, to "
+                f"{known.fit.deviation:.1e}; {side}'s are up to {off.deviation:.1e} off it, and none of the catalogue's"
+            )
+        cause = f"the updates of {some(names)} in {side} do not follow from their gradients as {other}'s do"
+        some_of = len(names) < len(self.pair.names)
+        look = [*[_MASKS] * some_of, "the optimizer, what it keeps from before, and what wraps it"]
+        if any("lr" not in (x if side == "A" else y).run[0].hyper[0] for (x, y), _ in each):
+            look.append(f"hyper= of {side}'s recorder: told the learning rate, by its schedule, more can be found out")
+        kind = "some updates" if some_of else "other updates"
+        return Verdict("parted", cause, "update", i + 1, kind, evidence, look=look, parameters=names)
+
+    def _dialects(self, said: str, odd: list[_Odd]) -> Verdict:
+        """Rules of the catalogue that differ."""
+        names = [name for x, _ in odd for name in x.names]
+        some_of = len(names) < len(self.pair.names)
+        cause = (
+            f"{some(names)} go by another rule in B: {said}"
+            if some_of
+            else f"the optimizers compute other things: {said}"
+        )
+        evidence = []
+        for x, y in odd:
+            for side, v in (("A", x), ("B", y)):
+                rule = f"those of {spoken(v.fit)}, to {v.fit.deviation:.1e}"
+                evidence.append(f"{side}'s updates{self._whose(x.names)} are {rule}")
+            other = fit(x.rule(), y.run)
+            if not math.isclose(other.deviation, y.fit.deviation):
+                evidence.append(
+                    f"B's differ from what A's rule makes of the same gradients by up to {other.deviation:.1e}"
+                )
+        one, two = (voice.fit.dialect for voice in odd[0])
+        kinds = [name for name in vars(one) if getattr(one, name) != getattr(two, name)]
         kind = "some updates" if some_of else kinds[0] if kinds else "changed"
         look = [*[_MASKS] * some_of, *_LOOK]
         return Verdict("parted", cause, "update", 1, kind, evidence, look=look, parameters=names)
@@ -248,9 +285,15 @@ class Updates:
         return found
 
 
+def _near(x: float, y: float) -> bool:
+    return relative(x, y) < _ALIKE
+
+
 def _differences(x: Voice, y: Voice) -> list[str]:
     """In what two rules differ, in words."""
     told = x.run[0].hyper[0], y.run[0].hyper[0]
+    if x.fit.dialect.family != y.fit.dialect.family:  # of which nothing else is the same thing
+        return Dialect(family=x.fit.dialect.family).differences(Dialect(family=y.fit.dialect.family))
     return x.fit.dialect.differences(y.fit.dialect, *told) or x.rule().differences(y.rule())
 
 

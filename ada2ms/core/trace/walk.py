@@ -10,7 +10,7 @@ from collections.abc import Callable
 
 import numpy as np
 
-from ada2ms.core.trace import causes, data, settings
+from ada2ms.core.trace import causes, data, settings, starts
 from ada2ms.core.trace.explain import spoken
 from ada2ms.core.trace.model import Trace
 from ada2ms.core.trace.pair import GROWTH, REPEAT, Pair, drift, grain, relative
@@ -30,7 +30,8 @@ Progress = Callable[[int, int], None]
 class _Walk:
     """One comparison as it goes on."""
 
-    def __init__(self, pair: Pair, repeat: Pair | None) -> None:
+    def __init__(self, pair: Pair, repeat: Pair | None, arithmetic: str | None) -> None:
+        self.arithmetic = arithmetic  # as the user says, who then means it
         self.pair, self.notes = pair, []  # type: tuple[Pair, list[str]]
         self.course = drift(pair)
         self.most = {what: _running(values) for what, values in self.course.items()}
@@ -80,10 +81,10 @@ class _Walk:
             )
             bad = d > (2 * narrow + pair.yardstick.sketch) * norm
             if bad.any():
-                verdict = causes.start(pair, d, norm, bad)
+                verdict = starts.start(pair, d, norm, bad)
                 verdict.evidence += causes.sizes(pair, "value", 0, bad)
                 return verdict
-            return None
+            return None if self.arithmetic else starts.types(pair)
         changed = [self._changed(i, side) for side in (0, 1)]
         if changed[0].any() and changed[1].any():  # the same change in both is none, another one is
             d, norm, _ = pair.apart("value", i)
@@ -149,7 +150,28 @@ class _Walk:
         found += [told] if told else []
         if "update" in later:
             found += self.updates.beyond(what_was_told=bool(told or verdict.stage == "hyperparameters"))
-        return list(dict.fromkeys(f"in the stage {each.stage!r}: {each.cause}" for each in found))
+        return list(dict.fromkeys(f"in the stage {each.stage!r}: {each.cause}" for each in found)) + self._later(
+            verdict, {verdict.stage, *(each.stage for each in found)}
+        )
+
+    def _later(self, verdict: Verdict, told: set[str]) -> list[str]:
+        """What is first seen in later steps and follows from nothing that is computed: data, values that one run alone
+        changes besides its optimizer, and hyperparameters that were told."""
+        found = []
+        looks: dict[str, Callable[[int], Verdict | None]] = {
+            "data": lambda i: data.compare(self.pair.steps, i, []),
+            "value": self._one_sided,
+            "hyperparameters": self._hyper,
+        }
+        for stage, look in looks.items():
+            if stage not in told:
+                each = next((v for i in range(verdict.step, len(self.pair.steps)) if (v := look(i))), None)
+                found += [f"at step {each.step}, in the stage {stage!r}: {each.cause}"] if each else []
+        return found
+
+    def _one_sided(self, i: int) -> Verdict | None:
+        changed = [self._changed(i, side) for side in (0, 1)]
+        return causes.between(self.pair, i, changed) if changed[0].any() != changed[1].any() else None
 
     def _hyper(self, i: int) -> Verdict | None:
         pair = self.pair
@@ -201,7 +223,7 @@ def diff(
         return Verdict(
             "cannot tell", f"there are no steps in {'A' if not a.steps else 'B'}", look=["let it run longer"]
         )
-    walk = _Walk(pair, None if repeat is None else Pair(a, repeat, arithmetic))
+    walk = _Walk(pair, None if repeat is None else Pair(a, repeat, arithmetic), arithmetic)
     for i in range(len(pair.steps)):
         if verdict := walk.step(i):
             return _with_statistics(walk, _finished(walk, verdict, problems, i))
@@ -269,7 +291,7 @@ def _finished(walk: _Walk, verdict: Verdict, problems: list[str], i: int) -> Ver
         if any(names):
             verdict.agrees.append(f"in step {verdict.step}: {', '.join(name for name in names if name)}")
     if problems and verdict.outcome == "parted" and verdict.stage in ("forward", "gradient"):
-        verdict.look.append("parameters that only one run has")
+        _name_the_rest(pair, verdict)
     verdict.notes += walk.notes
     if problems:
         verdict.notes.append(f"not compared: {some(problems, 6, '; ')}")
@@ -282,6 +304,18 @@ def _finished(walk: _Walk, verdict: Verdict, problems: list[str], i: int) -> Ver
     if walk.silent_repeat:
         verdict.notes.append("the repeat is equal to A in every bit, and says nothing of rounding")
     return verdict
+
+
+def _name_the_rest(pair: Pair, verdict: Verdict) -> None:
+    """Parameters of one run alone: if the first step agrees, what only one run trains is why the next do not."""
+    for who, here, there in (("A", pair.a, pair.b), ("B", pair.b, pair.a)):
+        names = [p.name for p in here.parameters if p.name not in there.index]
+        if not names:
+            continue
+        if verdict.step > 1:
+            verdict.cause += f"; {some(names)} {'is' if len(names) == 1 else 'are'} in {who}'s optimizer alone"
+        other = "B" if who == "A" else "A"
+        verdict.look.insert(0, f"{some(names)}: whether {other} has and trains them, perhaps by another name")
 
 
 def _rounding(walk: _Walk) -> Verdict:
