@@ -300,3 +300,53 @@ def test_statistics_are_those_that_were_told_of_each_step(tmp_path: Path) -> Non
     with Recorder(path, params) as recorder:
         pass
     assert Trace.load(path).statistics is None
+
+
+@pytest.mark.parametrize("late", [False, True], ids=["loss before the step", "loss after it"])
+def test_batches_and_losses_are_told_within_a_scan(tmp_path: Path, late: bool) -> None:
+    """They are of their own step, as they are where each step is called by itself."""
+    xs = batches()
+
+    def run(path: Path, *, scanned: bool) -> Trace:
+        with Recorder(path, start()) as recorder:
+            step = step_of(optimizer := recorded(optax.adam(1e-2), recorder))
+
+            def one(carry: Any, x: Any) -> Any:
+                recorder.batch(x)
+                if not late:
+                    recorder.loss(loss_of(carry[0], x))
+                params, state, loss, *_ = step(*carry, x)
+                if late:
+                    recorder.loss(loss)
+                return (params, state), None
+
+            carry = start(), optimizer.init(start())
+            if scanned:
+                jax.jit(lambda carry: jax.lax.scan(one, carry, jnp.asarray(xs)))(carry)
+            else:
+                for x in xs:
+                    carry, _ = one(carry, jnp.asarray(x))
+        return Trace.load(path)
+
+    one, other = (run(tmp_path / f"{scanned}.trace", scanned=scanned) for scanned in (True, False))
+    assert len(one.steps) == len(other.steps) == STEPS
+    for x, y, batch in zip(one.steps, other.steps, xs, strict=True):
+        assert x.batches == y.batches == [[fingerprint(batch)]]
+        assert x.loss is not None
+        assert x.loss == pytest.approx(y.loss, rel=1e-6)
+
+
+def test_leaves_of_other_shapes_are_refused(tmp_path: Path) -> None:
+    params = start()
+    turned = {**params, "dense": {**params["dense"], "kernel": params["dense"]["kernel"].T}}
+    with Recorder(tmp_path / "x.trace", turned) as recorder:
+        optimizer = recorded(optax.sgd(0.1), recorder)
+        with pytest.raises(TraceError, match=r"other shapes: 'dense/kernel' has \(6, 4\), the recorder \(4, 6\)"):
+            optimizer.update(params, optimizer.init(params), params)
+
+
+def test_the_learning_rate_may_have_the_name_that_optax_gives_it(tmp_path: Path) -> None:
+    with Recorder(path := tmp_path / "x.trace", start(), hyper={"learning_rate": 0.5}) as recorder:
+        optimizer = recorded(optax.sgd(0.5), recorder)
+        optimizer.update(start(), optimizer.init(start()), start())
+    assert Trace.load(path).steps[0].hyper == [{"lr": 0.5}]

@@ -1,7 +1,7 @@
 """Causes that people meet, beside those of the table in the docs: what is said of them, and what must not be."""
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -14,6 +14,7 @@ from trace_margins import untold
 
 from ada2ms.core.trace import Trace, Verdict, diff
 from ada2ms.core.trace.model import Step, fingerprint
+from ada2ms.core.trace.sketch import sketch
 
 LR, NAMES = trace_training.LR, trace_training.NAMES
 WITHIN = {"data": {"within": True}}  # other rounding
@@ -306,3 +307,43 @@ def test_a_warmup_from_another_number_is_named() -> None:
     found = diff(*traces)
     assert found.stage == "hyperparameters", found
     assert "lr of A is 1 step ahead for" in found.cause
+
+
+def noisy(a: Trace, size: float, names: Collection[str] = NAMES) -> Trace:
+    """With gradients in the first step that differ without direction."""
+    rng, b = np.random.default_rng(0), copy.deepcopy(a)
+    for name in names:
+        x = b.steps[0].full["gradient"][name]
+        noise = rng.normal(size=x.shape)
+        noise -= (noise * x).sum() / np.square(x).sum() * x
+        x += (size * np.linalg.norm(x) / np.linalg.norm(noise) * noise).astype(np.float32)
+        b.steps[0].sketches["gradient"][b.index[name]] = sketch(x)
+    return b
+
+
+def test_differences_without_direction_are_no_arithmetic_where_the_loss_is_another() -> None:
+    a = copy.deepcopy(trace("torch", {}))
+    a.steps[0].full["update"] = {}
+    b, c = noisy(a, 5e-3), noisy(a, 5e-3)
+    assert a.steps[0].loss is not None
+    b.steps[0].loss, c.steps[0].loss = a.steps[0].loss * (1 + 1e-4), -a.steps[0].loss
+    found = diff(a, b)
+    assert found.kind == "precision", found
+    assert any(sentence.startswith("or what the forward pass computes") for sentence in found.look), found
+    assert diff(a, c).cause == "loss and all gradients differ", diff(a, c)
+
+
+def test_a_factor_of_one_is_none() -> None:
+    a = copy.deepcopy(trace("torch", {}))
+    a.steps[0].full["update"] = {}
+    found = diff(a, noisy(a, 3e-6, NAMES[:1]))
+    assert found.outcome == "parted", found
+    assert "times those of A" not in found.cause
+
+
+def test_where_there_are_no_steps_it_is_said_what_was_forgotten() -> None:
+    a = trace("torch", {})
+    for framework, words in (("torch", "within `with`"), ("jax", "the one that `recorded` returns")):
+        found = diff(a, replace(a, steps=[], about={"framework": framework}))
+        assert (found.status, found.cause) == (2, "there are no steps in B")
+        assert words in found.look[-1]

@@ -29,6 +29,7 @@ from ada2ms.core.state import Axes, Extras, Names
 from ada2ms.core.trace import Parameter, Step, TraceError, Writer
 from ada2ms.core.trace.model import Observed, empty_sketches, moving, observed, positions, resolve
 from ada2ms.core.trace.writer import DEFAULT_ENTRIES, DEFAULT_FLUSH, DEFAULT_FULL
+from ada2ms.jax.injected import injected
 from ada2ms.jax.names import by_path
 from ada2ms.jax.order import comes_from_counts, counted_after
 from ada2ms.jax.sketches import sketches
@@ -89,9 +90,13 @@ class Recorder:
         leaves = by_path(params)
         shapes = {name: (tuple(x.shape), jnp.dtype(x.dtype).name, 0) for name, x in leaves.items()}
         self.parameters = resolve(shapes, names, axes)
-        self._told = {p.own: dict(hyper(p.own) if callable(hyper) else hyper or {}) for p in self.parameters}
-        for own, told in self._told.items():
-            for name, value in told.items():
+        self._shapes = {name: shape for name, (shape, _, _) in shapes.items()}
+        self._told: dict[str, dict[str, Any]] = {}
+        for p in self.parameters:
+            told = hyper(p.own) if callable(hyper) else hyper or {}
+            self._told[p.own] = {_NAMES.get(name, name): value for name, value in told.items()}
+        for own, each in self._told.items():
+            for name, value in each.items():
                 if not callable(value) and not isinstance(value, (int, float)):
                     where = f" of {own!r}" if callable(hyper) else ""
                     raise TypeError(f"Invalid hyper: {name!r}{where} is {value!r} (must be a number or a schedule)")
@@ -114,14 +119,28 @@ class Recorder:
         return self._writer.full > 0
 
     def batch(self, *arrays: Any) -> None:
-        """Notes the arrays of a batch, of the step that comes."""
-        _wait()  # a step that was dispatched before is not the step that comes
-        self._writer.batch([np.asarray(x) for x in arrays])
+        """Notes the arrays of a batch, of the step that comes; within `jit` or `scan`, whenever it is run."""
+        if _is_traced(arrays):
+            io_callback(self._take_batch, None, arrays, ordered=True)
+        else:
+            _wait()  # a step that was dispatched before is not the step that comes
+            self._take_batch(arrays)
 
     def loss(self, loss: Any) -> None:
-        """Notes the loss of the step that comes; or, if a step has had no loss, of the last one."""
-        _wait()
-        self._writer.loss(lambda: float(loss), late=True)
+        """Notes the loss of the step that comes; or, if a step has had none, of the last. Within `jit` as `batch`."""
+        if _is_traced(loss):
+            io_callback(self._take_loss, None, loss, ordered=True)
+        else:
+            _wait()
+            self._take_loss(loss)
+
+    def _take_batch(self, arrays: Sequence[Any]) -> None:
+        if not self._closed:
+            self._writer.batch([np.asarray(x) for x in arrays])
+
+    def _take_loss(self, loss: Any) -> None:
+        if not self._closed:
+            self._writer.loss(lambda: float(loss), late=True)
 
     def statistics(self, statistics: Any) -> None:
         """Notes running statistics as the last step has left them; not within a compiled program."""
@@ -147,6 +166,16 @@ class Recorder:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
         self.close()
+
+    def check(self, shapes: Mapping[str, tuple[int, ...]]) -> None:
+        """Refuses leaves of other shapes than the recorder was made with."""
+        odd = [
+            f"{name!r} has {x}, the recorder {self._shapes[name]}"
+            for name, x in shapes.items()
+            if x != self._shapes[name]
+        ]
+        if odd:
+            raise TraceError(f"Leaves have other shapes: {'; '.join(odd)} (give it the parameters of the optimizer)")
 
     def wants_full(self) -> Any:
         """Whether the step that comes is to have entries of the arrays."""
@@ -317,6 +346,7 @@ class _Traced:
             raise TraceError(
                 f"The recorder does not know these leaves: {strange} (give it the parameters of the optimizer)"
             )
+        self._recorder.check({name: tuple(x.shape) for name, x in leaves.items()})
         return leaves
 
 
@@ -336,45 +366,8 @@ def _entries(x: Any, parameter: Parameter, limit: int) -> jax.Array:
     return kept
 
 
-def injected(state: Any, names: Sequence[str]) -> tuple[dict[str, str], dict[str, dict[str, Any]]]:
-    """The hyperparameters that states of `optax.inject_hyperparams` hold, and of which leaves they are.
-
-    Args:
-        state: of an optimizer; within one that divides leaves, such as that of `optax.multi_transform`, a state is of
-            those that its moments have.
-        names: of all leaves.
-
-    Returns:
-        The label of each leaf that has one, and the hyperparameters of each label; "" for those of all leaves. What
-        several states of the same leaves hold under one name is left out, as is what is of no leaf that is known.
-    """
-    nodes = [x for x in jax.tree.leaves(state, is_leaf=_has_hyper) if _has_hyper(x)]
-    outer = jax.tree.leaves(state, is_leaf=lambda x: _has_hyper(x) or isinstance(x, optax.MaskedState))
-    labels: dict[str, str] = {}
-    found: dict[str, dict[str, Any]] = {}
-    for i, node in enumerate(nodes):
-        everywhere = any(node is x for x in outer)
-        own = names if everywhere else _leaves_of(node, names)
-        label = "" if everywhere else str(i)
-        held = {name: x for name, x in node.hyperparams.items() if jnp.ndim(x) == 0}
-        if label and (not own or any(name in labels for name in own)):
-            continue
-        labels |= dict.fromkeys(own, label) if label else {}
-        before = found.setdefault(label, {})
-        found[label] = {name: x for name, x in (before | held).items() if not (name in before and name in held)}
-    return labels, found
-
-
-def _has_hyper(node: Any) -> bool:
-    return hasattr(node, "hyperparams")
-
-
-def _leaves_of(node: Any, names: Sequence[str]) -> list[str]:
-    """The leaves of which a state has moments, by the ends of the moments' paths."""
-    paths = [jax.tree_util.keystr(path, simple=True, separator="/") for path, _ in jax.tree.leaves_with_path(node)]
-    longest = sorted(names, key=len, reverse=True)
-    ends = {next((name for name in longest if path.endswith(f"/{name}")), None) for path in paths}
-    return [name for name in names if name in ends]
+def _is_traced(arrays: Any) -> bool:
+    return any(isinstance(x, jax.core.Tracer) for x in jax.tree.leaves(arrays))
 
 
 def _wait() -> None:

@@ -15,6 +15,11 @@ _LEVEL: Final = 16.0  # roundings of a loss: correct ports are a few apart, a sl
 _COHERENT: Final = 3.0  # of `Pair.coherence`, above which a difference is no noise
 _ALIKE: Final = 2e-5  # relatively, norms that are clipped to one bound; torch adds 1e-6
 _REDUCTION: Final = "the reduction of the loss: mean or sum, over what, and weights of samples"
+_FORWARD: Final = (
+    "what the forward pass computes: activations, normalisation (epsilon, eval mode), positions and masks, labels and "
+    "weights in the loss",
+    "randomness: dropout, augmentation (a second recording of A says whether A repeats itself)",
+)
 _CUT: Final = "detach, stop_gradient and frozen layers between these parameters and the loss"
 _NOISY: Final = 0.3  # the largest share of a gradient that arithmetic of 16 bits is held to explain
 _PRECISIONS: Final = (("bfloat16", 2.0**-8), ("TF32 or float16", 2.0**-11))
@@ -77,7 +82,8 @@ def _others(pair: Pair, i: int, bad: Array, use: Array, allowed: float, loss_dif
         return _scaled(pair, i, c, left, loss_differs)
     each = {pair.names[k]: factor(ga[k], gb[k]) for k in np.flatnonzero(bad)}
     common = {name: c for name, (c, left) in each.items() if left <= near}
-    if len(bad) > len(names) and len(common) == len(names) and max(common.values()) < 1.0001 * min(common.values()):
+    one = len(common) == len(names) and max(common.values()) < 1.0001 * min(common.values())
+    if len(bad) > len(names) and one and abs(next(iter(common.values())) - 1) > near:
         c = next(iter(common.values()))
         cause = f"the gradients of {some(names)} are {c:.6g} times those of A; all others agree"
         look = ["parameters that are used twice (tied), or whose gradient is scaled by a layer of its own"]
@@ -111,8 +117,12 @@ def _precision(pair: Pair, i: int, stage: str, left: float, allowed: float, name
             f"differ by {left:.1e}"
         )
         return Verdict("parted", cause, stage, i + 1, "precision", look=look, parameters=names)
-    if not 0 < pair.coherence(i) < _COHERENT:
+    x, y = (step.loss for step in pair.steps[i])
+    if (
+        not 0 < pair.coherence(i) < _COHERENT or relative(x, y) > left
+    ):  # a loss is a mean, of which rounding leaves less
         return None
+    look.append(f"or {_FORWARD[0]}")
     for name, size in _PRECISIONS:
         if size / 30 < left < size * 4 and allowed < size / 30:
             cause = f"all differ without direction, by what arithmetic of {name} would leave: {left:.1e}"
@@ -269,19 +279,14 @@ def _all_differ(pair: Pair, i: int, stage: str, names: list[str], *, others: boo
         others: whether there are gradients besides, which one run alone has.
     """
     x, y = (step.loss for step in pair.steps[i])
-    forward = [
-        "what the forward pass computes: activations, normalisation (epsilon, eval mode), positions and masks, "
-        "labels and weights in the loss",
-        "randomness: dropout, augmentation (a second recording of A says whether A repeats itself)",
-    ]
     backward = ["the last layers' backward pass, and what happens to gradients before the optimizer gets them"]
     every = "the other gradients" if others else "all gradients"
     if stage == "forward":
-        cause, look = f"loss and {every} differ", forward
+        cause, look = f"loss and {every} differ", [*_FORWARD]
     elif relative(x, y) > _LEVEL * max(grain(x), grain(y)):
         stage = "forward"
         cause = f"{every} differ, and the loss by little ({relative(x, y):.1e})"
-        look = ["a small difference in the forward pass: a normalisation's epsilon, GELU by tanh or by erf", *forward]
+        look = ["a small difference in the forward pass: a normalisation's epsilon, GELU by tanh or by erf", *_FORWARD]
     else:
         cause, look = f"{every} differ, and the loss does not", [_CUT] if others else backward
     return Verdict("parted", cause, stage, i + 1, "everything", look=look, parameters=names)

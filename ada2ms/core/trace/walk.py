@@ -220,9 +220,13 @@ def diff(
     if not pair.names:
         return _unlike(pair, problems)
     if not pair.steps:
-        return Verdict(
-            "cannot tell", f"there are no steps in {'A' if not a.steps else 'B'}", look=["let it run longer"]
-        )
+        side, empty = ("A", a) if not a.steps else ("B", b)
+        look = ["whether the optimizer takes its steps while the recorder is open, within `with`"]
+        if empty.about.get("framework") == "jax":
+            look.append("whether the optimizer that is stepped is the one that `recorded` returns")
+        if not empty.complete:
+            look.append("a run that goes on, or was killed: nothing is written before its first flush")
+        return Verdict("cannot tell", f"there are no steps in {side}", look=look)
     walk = _Walk(pair, None if repeat is None else Pair(a, repeat, arithmetic), arithmetic)
     for i in range(len(pair.steps)):
         if verdict := walk.step(i):
