@@ -214,6 +214,25 @@ def test_groups_that_come_to_differ(name: str) -> None:
     torch.testing.assert_close((params, optimizer.state_dict()["state"]), before, rtol=0, atol=0)
 
 
+@pytest.mark.parametrize("steps", [0, 2])
+def test_a_model_that_is_converted_by_swapping_tensors(steps: int) -> None:
+    """As `Module.to` does for subclasses of tensors, and for all on request: nothing may refer to them weakly."""
+    found = []
+    for swap in (False, True):
+        model = torch.nn.ParameterList(parameters(torch.float64))
+        optimizer = Ada2MS(model.parameters(), lr=0.1)
+        train(list(model), optimizer, range(steps))
+        optimizer.zero_grad()
+        torch.__future__.set_swap_module_params_on_conversion(swap)
+        try:
+            model.float()
+        finally:
+            torch.__future__.set_swap_module_params_on_conversion(False)
+        train(list(model), optimizer, range(steps, 4))
+        found.append((list(model), [optimizer.state[p] for p in model]))
+    torch.testing.assert_close(found[1], found[0], rtol=0, atol=0)
+
+
 @pytest.mark.parametrize(
     "adaptivity",
     [core.Constant(0.5), core.Linear(1, 0, 9), core.Cosine(1, 0, 9), core.Exponential(1, 0, 2.5)],

@@ -18,26 +18,35 @@ class Given:
 
     def __init__(self) -> None:
         self.sizes: list[int] = []  # entries of each group
-        self._known: dict[int, weakref.ref[Tensor]] = {}
+        self._count = 0  # of the parameters
+        # Those that could be flat shards. Of others there are no weak references, with which
+        # `torch.utils.swap_tensors`, that `Module.to` may convert by, could not exchange a parameter's content.
+        self._flat: dict[int, weakref.ref[Tensor]] = {}
 
     def add(self, params: Sequence[Tensor]) -> None:
         self.sizes.append(sum(map(numel, params)))
-        self._known.update({id(p): weakref.ref(p) for p in params})
+        self._count += len(params)
+        self._flat.update({id(p): weakref.ref(p) for p in params if _may_be_flat(p)})
 
     def __contains__(self, p: Tensor) -> bool:
-        found = self._known.get(id(p))
+        found = self._flat.get(id(p))
         return found is not None and found() is p  # ids are used again
 
     def is_divided_in(self, params: Sequence[Tensor], world: int) -> bool:
         """Whether these may be flat shards of the model, or of one group, padded as DeepSpeed does it."""
-        if world == 1 and len(params) == len(self._known):  # nothing was made one
+        if world == 1 and len(params) == self._count:  # nothing was made one
             return False
         size = sum(map(numel, params))
         return any(
-            whole <= n * size < whole + 2 * n * len(self.sizes) + (n - 1) * len(self._known)
+            whole <= n * size < whole + 2 * n * len(self.sizes) + (n - 1) * self._count
             for whole in {sum(self.sizes), *self.sizes}
             for n in range(1, world + 1)
         )
+
+
+def _may_be_flat(p: Tensor) -> bool:
+    """Whether it may be a flat shard: these are vectors, and no `nn.Parameter`."""
+    return type(p) is Tensor and p.ndim == 1
 
 
 def check_shard_group(shard_group: Any) -> None:
@@ -75,7 +84,7 @@ def whole_size(groups: Sequence[dict[str, Any]], given: Given, shard_group: Any)
     params = [p for group in groups for p in group["params"]]
     scope = groups[0]["scope"] if groups else "model"
     check_fsdp(params, shard_group, scope)
-    flat = params and all(type(p) is Tensor and p.ndim == 1 and p not in given for p in params)
+    flat = params and all(_may_be_flat(p) and p not in given for p in params)
     if not (flat and given.sizes and dist.is_available() and dist.is_initialized()):
         return None
     world = dist.get_world_size(shard_group)
