@@ -209,5 +209,10 @@ def test_errors_name_the_argument() -> None:
         measure(ada2ms(scope="tensor"), state)
 
 
+def test_a_tree_without_leaves_has_the_numbers_of_the_model_alone() -> None:
+    state = RULE.init({})
+    assert measure(RULE, state, {}).keys() == measure(RULE, state).keys()
+
+
 if __name__ == "__main__":
     sharded()

@@ -98,3 +98,11 @@ def test_errors_name_the_argument() -> None:
         measure(optimizer, net, match="weight")
     with pytest.raises(TypeError, match="Invalid layers: 3"):
         Ada2MSLogger(layers=3)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match=r"Invalid layers: '\(' \(layers must be a regular expression"):
+        Ada2MSLogger(layers="(")
+    net.compile(optimizer=optimizer, loss="mse")
+    epochs: list[int] = []
+    counting = keras.callbacks.LambdaCallback(on_epoch_begin=lambda epoch, logs: epochs.append(epoch))
+    with pytest.raises(ValueError, match="Invalid layers: 'weight'"):
+        fit(net, Ada2MSLogger(layers="weight"), counting)
+    assert not epochs

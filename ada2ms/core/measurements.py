@@ -44,13 +44,14 @@ OF_MODEL: Final = (
 STEPS, RATIOS = OF_PARAMETER = ("effective_steps", "update_ratios")
 
 
-def matching(names: Iterable[str], match: str) -> list[str]:
-    """The names in which a regular expression is found.
+def matching(names: Iterable[str], match: str, argument: str = "match") -> list[str]:
+    """The names in which a regular expression is found, if there are any names; `argument` is what errors call it.
 
     Raises:
         TypeError, ValueError: it is none, or is found in no name.
     """
-    message = f"Invalid match: {match!r} (match must be a regular expression that is found in the name of a parameter"
+    allowed = f"{argument} must be a regular expression that is found in the name of a parameter"
+    message = f"Invalid {argument}: {match!r} ({allowed}"
     if not isinstance(match, str):
         raise TypeError(f"{message})")
     names = list(names)

@@ -236,6 +236,8 @@ def _of_parameters(options: Options, node: AnyState, params: Any, updates: Any, 
     of = {i: of_group(hypers[i], count, s, steps) for i in sorted(set(groups))}
     slots = [jax.tree.leaves(x) for x in (node.mu, node.nu)]
     picked = [i for i, name in enumerate(called) if name in chosen]
+    if not picked:  # a tree without leaves
+        return {}
     rows = [
         _sums(
             index=leaf_index(i),

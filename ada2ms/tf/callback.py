@@ -8,10 +8,12 @@ import keras
 import numpy as np
 from keras import ops
 
+from ada2ms.core import measurements as names
 from ada2ms.core.coefficients import bias_correction
 from ada2ms.core.hyperparameters import value_at
 from ada2ms.tf.measurements import measure
 from ada2ms.tf.optimizer import Ada2MS
+from ada2ms.tf.paths import path_of
 from ada2ms.tf.step import b2_of_moments, of_moment
 
 
@@ -38,6 +40,7 @@ class Ada2MSLogger(keras.callbacks.Callback):  # type: ignore[misc]
     Raises:
         TypeError: at the start of training, where the model's optimizer is neither Ada2MS nor a LossScaleOptimizer of
             one.
+        ValueError: `layers` is no regular expression; or, at the start of training, is found in no variable's path.
 
     Example:
     >>> history = model.fit(x, y, epochs=10, callbacks=[Ada2MSLogger()])
@@ -49,10 +52,12 @@ class Ada2MSLogger(keras.callbacks.Callback):  # type: ignore[misc]
         if not isinstance(layers, (bool, str)):
             raise TypeError(f"Invalid layers: {layers!r} (must be True, False or a regular expression)")
         self.layers = layers
+        self._matching([])
 
     def on_train_begin(self, logs: dict[str, Any] | None = None) -> None:
         """Makes sure that there is something to log."""
         self._optimizer()
+        self._matching(self.model.trainable_variables)
 
     def on_epoch_end(self, epoch: int, logs: dict[str, Any] | None = None) -> None:
         """Adds to the logs."""
@@ -78,6 +83,11 @@ class Ada2MSLogger(keras.callbacks.Callback):  # type: ignore[misc]
                 logs["gradient_norm"] = _numbers(optimizer._gradient_norm)[0] if steps else math.nan
             if self.layers is not False:
                 logs.update(measure(optimizer, self.model, match="" if self.layers is True else self.layers, wait=True))
+
+    def _matching(self, variables: list[Any]) -> None:
+        """Raises unless `layers` chooses some of these variables, if there are any yet."""
+        if isinstance(self.layers, str):
+            names.matching([path_of(v) for v in variables], self.layers, "layers")
 
     def _optimizer(self) -> Ada2MS:
         optimizer = self.model.optimizer
