@@ -23,11 +23,11 @@ from trace_options import parsed
 
 from ada2ms.core.trace import Parameter
 from ada2ms.jax import Recorder, recorded
-from ada2ms.jax.sketches import sketch
+from ada2ms.jax.sketches import sketches
 
 
-def stepper(optimizer: Any, gradients: dict[str, Any]) -> Callable[[], Any]:
-    """A jitted step over parameters and a state of its own."""
+def stepper(name: str, optimizer: Any, gradients: dict[str, Any], clock: Callable[[], float]) -> Callable[[], Any]:
+    """A jitted step over parameters and a state of its own; prints what it takes to compile."""
 
     @jax.jit
     def start() -> Any:
@@ -38,8 +38,11 @@ def stepper(optimizer: Any, gradients: dict[str, Any]) -> Callable[[], Any]:
         updates, state = optimizer.update(gradients, state, params)
         return optax.apply_updates(params, updates), state
 
-    compiled = jax.jit(step, donate_argnums=(0, 1)).lower(*start(), gradients).compile()
     held = [start()]
+    begin = clock()
+    compiled = jax.jit(step, donate_argnums=(0, 1)).lower(*held[0], gradients).compile()
+    memory = compiled.memory_analysis().temp_size_in_bytes / 1e6
+    print(f"{name:40} {clock() - begin:8.2f} s to trace and compile, {memory:.0f} MB of memory beside the arguments")
 
     def run() -> Any:
         held[0] = compiled(*held[0], gradients)
@@ -48,13 +51,13 @@ def stepper(optimizer: Any, gradients: dict[str, Any]) -> Callable[[], Any]:
     return run
 
 
-def sketches(gradients: dict[str, Any]) -> Callable[[], Any]:
+def three_sketches(gradients: dict[str, Any]) -> Callable[[], Any]:
     """Three sketches of each array."""
-    known = {name: Parameter(name, name, g.shape, g.dtype.name) for name, g in gradients.items()}
+    known = [Parameter(name, name, g.shape, g.dtype.name) for name, g in gradients.items()]
 
     @jax.jit
     def three(x: Any, y: Any, z: Any) -> Any:
-        return [jnp.stack([sketch(tree[name], p) for name, p in known.items()]) for tree in (x, y, z)]
+        return [sketches(tree, known).rows for tree in (x, y, z)]
 
     trees = [{name: g + i for name, g in gradients.items()} for i in range(3)]
     return lambda: three(*trees)
@@ -72,9 +75,9 @@ def main() -> None:
     print(f"{datetime.date.today()}, jax {jax.__version__}, {jax.devices()[0].device_kind}")
     with tempfile.TemporaryDirectory() as folder:
         recorders = [Recorder(Path(folder, f"run{full}"), gradients, full=full) for full in (0, 3)]
-        steps = {"adamw": stepper(optax.adamw(1e-3), gradients), "sketches": sketches(gradients)}
+        steps = {"adamw": stepper("adamw", optax.adamw(1e-3), gradients, clock), "sketches": three_sketches(gradients)}
         for recorder, name in zip(recorders, ("recorded", "recorded, with entries of three steps"), strict=True):
-            steps[name] = stepper(recorded(optax.adamw(1e-3), recorder), gradients)
+            steps[name] = stepper(name, recorded(optax.adamw(1e-3), recorder), gradients, clock)
         times: dict[str, list[float]] = {name: [] for name in steps}
         for r in range(4 + rounds):  # entries of three steps are among the warm-up
             for name, step in steps.items():

@@ -209,6 +209,8 @@ def sharded(path: str) -> None:
             params, state, *_ = step(params, state, jax.device_put(x, NamedSharding(mesh, P("d"))))
             jax.block_until_ready(params)
     assert not params["dense"]["kernel"].sharding.is_fully_replicated
+    with pytest.raises(TraceError, match=r"cannot be recorded within jax\.shard_map or jax\.pmap"):
+        jax.shard_map(optimizer.update, mesh=mesh, in_specs=P(), out_specs=P())(params, state, params)
 
 
 @pytest.mark.slow
@@ -248,6 +250,15 @@ def test_what_does_not_fit_is_refused_and_what_is_closed_is_silent(tmp_path: Pat
     update(params, optimizer.init(params), params)
     jax.effects_barrier()
     assert len(Trace.load(tmp_path / "run").steps) == 1
+
+
+@pytest.mark.parametrize("full", [0, 1])
+def test_that_vmap_cannot_be_recorded_is_said(full: int, tmp_path: Path) -> None:
+    params = {"a": jnp.ones((2, 3))}
+    with Recorder(tmp_path / "run", {"a": params["a"][0]}, full=full) as recorder:
+        optimizer = recorded(optax.adam(0.1), recorder)
+        with pytest.raises(TraceError, match=r"cannot be recorded under jax\.vmap"):
+            jax.vmap(lambda p: optimizer.update(p, optimizer.init(p), p)[0])(params)
 
 
 def test_clipping_of_its_own_is_recorded_as_clipping_before_the_rule(tmp_path: Path) -> None:

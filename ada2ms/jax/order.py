@@ -1,11 +1,14 @@
 """In which order a compiled program computes, where in another it would need much memory, or copy what it has."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, Final
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+
+from ada2ms.core.trace import TraceError
 
 _LARGE: Final = 16384  # entries of arrays that are worth it
 _ARITHMETIC = ("add", "sub", "mul", "div", "neg", "abs", "sign", "square", "sqrt", "rsqrt", "pow", "integer_pow")
@@ -30,6 +33,26 @@ _FORMS = ("convert_element_type", "broadcast_in_dim", "reshape", "squeeze", "sli
 _COMPLEX = ("complex", "real", "imag", "conj")
 _ENTRYWISE: Final = frozenset((*_ARITHMETIC, *_FUNCTIONS, *_CHOICES, *_BITS, *_FORMS, *_COMPLEX))
 _CALLS: Final = {"jit": "jaxpr", "pjit": "jaxpr", "custom_jvp_call": "call_jaxpr"}
+
+
+@contextmanager
+def in_one_order() -> Iterator[None]:
+    """For what calls the host in order; raises where JAX has no order, or several.
+
+    Raises:
+        TraceError: under `vmap`; or within `shard_map` or `pmap`, where each device would record steps of its own.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    if any(mesh.shape[axis] > 1 for axis in mesh.manual_axes):
+        raise TraceError(
+            "Updates cannot be recorded within jax.shard_map or jax.pmap: call the optimizer outside, in jit"
+        )
+    try:
+        yield
+    except (NotImplementedError, ValueError) as error:
+        if "IO" in str(error) and "vmap" in str(error):
+            raise TraceError("Updates cannot be recorded under jax.vmap: JAX does not order callbacks there") from error
+        raise
 
 
 def counted_after(state: Any, *numbers: jax.Array) -> Any:

@@ -31,7 +31,7 @@ from ada2ms.core.trace.model import Observed, empty_sketches, moving, observed, 
 from ada2ms.core.trace.writer import DEFAULT_ENTRIES, DEFAULT_FLUSH, DEFAULT_FULL
 from ada2ms.jax.injected import injected
 from ada2ms.jax.names import by_path
-from ada2ms.jax.order import comes_from_counts, counted_after
+from ada2ms.jax.order import comes_from_counts, counted_after, in_one_order
 from ada2ms.jax.sketches import sketches
 
 Hyper = Mapping[str, float | Callable[[int], Any]]
@@ -241,15 +241,15 @@ def recorded(optimizer: optax.GradientTransformation, recorder: Recorder) -> opt
 
     It works under `jax.jit`, also with sharded arrays and donated buffers, in `lax.scan` and `lax.cond`, and around
     `optax.MultiSteps` (not within it, which calls its optimizer in every step): then updates are recorded, each with
-    the gradient that was accumulated. It does not work under `vmap` and within `shard_map`, which have no ordered
-    effects.
+    the gradient that was accumulated.
 
     Args:
         optimizer: any.
         recorder: takes the updates; after it is closed, the transformation goes on without it.
 
     Raises:
-        TraceError: when it is traced, if the leaves are not those of the recorder.
+        TraceError: when it is traced, if the leaves are not those of the recorder, or under `vmap`, or within
+            `shard_map` and `pmap` over several devices.
     """
     inner = optax.with_extra_args_support(optimizer)
 
@@ -258,7 +258,8 @@ def recorded(optimizer: optax.GradientTransformation, recorder: Recorder) -> opt
             return inner.update(updates, state, params, **extra_args)
 
         if not isinstance(state, optax.MultiStepsState):
-            return _in_order(_Traced(recorder, params, updates), update, state)
+            with in_one_order():
+                return _in_order(_Traced(recorder, params, updates), update, state)
         new_updates, new_state = update(state)
 
         def send(_: Any) -> None:
@@ -268,7 +269,8 @@ def recorded(optimizer: optax.GradientTransformation, recorder: Recorder) -> opt
             )
             _Traced(recorder, params, whole).send(new_updates, new_state)
 
-        jax.lax.cond(new_state.gradient_step != state.gradient_step, send, lambda _: None, 0)
+        with in_one_order():
+            jax.lax.cond(new_state.gradient_step != state.gradient_step, send, lambda _: None, 0)
         return new_updates, new_state
 
     return optax.GradientTransformationExtraArgs(inner.init, update_fn)
