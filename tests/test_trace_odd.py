@@ -1,12 +1,14 @@
 """Odd runs: what is not finite, gradients of zeros, other types, one number for a model. None gets a wrong cause."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch.nn import functional
-from trace_faults import trace
+from trace_faults import other, trace
 
 from ada2ms.core.trace import Trace, diff, judge
 
@@ -120,3 +122,27 @@ def test_another_type_of_parameters_is_said() -> None:
     assert any("parameters are float32 in A and bfloat16 in B" in note for note in found.notes), found
     same = diff(trace("torch", {"dtype": "bfloat16"}), trace("torch", {**WITHIN, "dtype": "bfloat16"}))
     assert not any("parameters are" in note for note in same.notes), same
+
+
+@pytest.mark.parametrize("at", [2, 5, 7])
+def test_a_state_that_is_lost_is_named_at_whichever_step(at: int) -> None:
+    """By the size of the update, of which torch's recorder has an estimate: Adam's first step is lr in each entry."""
+    a, b = (trace("torch", {"full": 0, **more}) for more in ({}, {**WITHIN, "reset_at": at}))
+    for found, who in ((diff(a, b), "B"), (diff(b, a), "A")):
+        assert (found.stage, found.step) == ("update", at + 1), found
+        assert found.cause.startswith(f"the update of {who} is that of an optimizer's first step"), found
+    slower = diff(a, trace("torch", {**WITHIN, "full": 0, "optimizer": other("Weakened")}))
+    assert (slower.stage, slower.kind) == ("update", "factor"), slower
+
+
+def test_the_end_of_a_schedule_in_float32_is_the_same_schedule() -> None:
+    """Of which the last steps have no digit right, since 1 is added to a cosine near -1."""
+    a, b = (replace(trace("torch", {**more}), about={}) for more in ({"full": 0}, {"full": 0, **WITHIN}))
+    angles = np.pi * np.linspace(0.9, 0.9999, len(a.steps))
+    for t, cosine in ((a, np.cos(angles)), (b, np.cos(angles.astype(np.float32)))):
+        t.steps = [replace(s, hyper=[{**s.hyper[0], "lr": float(c + 1)}]) for s, c in zip(t.steps, cosine, strict=True)]
+    apart = [abs(x.hyper[0]["lr"] / y.hyper[0]["lr"] - 1) for x, y in zip(a.steps, b.steps, strict=True)]
+    assert max(apart) > 1e-4
+    assert diff(a, b).outcome == "only rounding", diff(a, b)
+    b.steps = [replace(s, hyper=[{**s.hyper[0], "lr": s.hyper[0]["lr"] + 1e-6}]) for s in b.steps]
+    assert diff(a, b).stage == "hyperparameters", diff(a, b)

@@ -77,12 +77,12 @@ def _others(pair: Pair, i: int, bad: Array, use: Array, allowed: float, loss_dif
     names = [pair.names[k] for k in np.flatnonzero(bad)]
     ga, gb = pair.sketches("gradient", i)
     c, left = factor(ga[use], gb[use])
-    near = max(3 * allowed, 1e-6)
+    near = 3 * (allowed + pair.yardstick.sketch)  # by how much sketches of the same gradients differ, and some
     if left <= near and abs(c - 1) > max(allowed, 3 * left):
-        return _scaled(pair, i, c, left, loss_differs)
+        return _scaled(pair, i, c, left, near, loss_differs)
     each = {pair.names[k]: factor(ga[k], gb[k]) for k in np.flatnonzero(bad)}
     common = {name: c for name, (c, left) in each.items() if left <= near}
-    one = len(common) == len(names) and max(common.values()) < 1.0001 * min(common.values())
+    one = len(common) == len(names) and max(common.values()) <= (1 + 2 * near) * min(common.values())
     if len(bad) > len(names) and one and abs(next(iter(common.values())) - 1) > near:
         c = next(iter(common.values()))
         cause = f"the gradients of {some(names)} are {c:.6g} times those of A; all others agree"
@@ -172,14 +172,14 @@ def _loss(pair: Pair, i: int, *, alone: bool) -> Verdict:
     return Verdict("parted", cause, "forward", i + 1, "only the loss" if alone else "loss", look=look)
 
 
-def _scaled(pair: Pair, i: int, c: float, left: float, loss_differs: bool) -> Verdict:
+def _scaled(pair: Pair, i: int, c: float, left: float, near: float, loss_differs: bool) -> Verdict:
     """All gradients by one factor."""
     x, y = pair.steps[i]
     ratio = y.loss / x.loss if x.loss and y.loss else None
     evidence = [f"all gradients of B are {c:.7g} times those of A, and {left:.1e} of them is left"]
     if ratio is not None:
         evidence.append(f"the loss of B is {ratio:.7g} times that of A")
-    if loss_differs and ratio is not None and relative(ratio, c) < 1e-3:
+    if loss_differs and ratio is not None and relative(ratio, c) <= near:
         names = _factors(c, x, y)
         cause = f"loss and gradients of B are {c:.6g} times those of A{names}: another reduction"
         return Verdict("parted", cause, "forward", i + 1, "reduction", evidence, look=[_REDUCTION])

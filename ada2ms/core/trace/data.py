@@ -60,7 +60,7 @@ def alike(x: Print, y: Print) -> Likeness:
     """What two arrays have in common."""
     known = not (math.isnan(x[4]) or math.isnan(y[4]))
     size, samples = x[0] == y[0], x[1] == y[1]
-    scale = max(math.sqrt(max(x[3], y[3], 0.0)), 1e-30)
+    scale = math.sqrt(max(x[3], y[3], 0.0))
     content = size and _near(x[3], y[3], x[3]) and _near(x[2], y[2], scale * math.sqrt(max(x[0], 1)))
     if content:
         if not known or not samples:
@@ -70,12 +70,13 @@ def alike(x: Print, y: Print) -> Likeness:
         if all(_near(x[k], y[k], scale) for k in whole):
             return "equal"
         per_sum = scale * math.sqrt(max(x[0], 1))
-        same = all(_near(x[k], y[k], per_sum if k < 4 + SUMS else max(x[3], 1e-30)) for k in by_sample)
-        return "layout" if same else "order"
+        same = all(_near(x[k], y[k], per_sum if k < 4 + SUMS else x[3]) for k in by_sample)
+        if not same:
+            return "order"
+        return "layout" if _apart(x, y) >= _NARROW * scale else "rounded"
     if size != samples and known and any(_is_one_hot(p) and p[1] == q[0] for p, q in ((x, y), (y, x))):
         return "coded"
-    apart = math.sqrt(sum((x[k] - y[k]) ** 2 for k in range(5 + 2 * SUMS, 5 + 3 * SUMS)) / SUMS)
-    if size and samples and known and apart < _NARROW * scale:
+    if size and samples and known and _apart(x, y) < _NARROW * scale:
         return "rounded"
     ratio = math.sqrt(y[3] / x[3]) if size and x[3] > 0 and y[3] > 0 else 0.0
     whole = [5 + 2 * SUMS + k for k in range(SUMS)]
@@ -91,6 +92,11 @@ def _is_scaled_by_sample(x: Print, y: Print, ratio: float) -> bool:
     norm = math.sqrt(y[3] * max(y[0], 1))
     sums = all(_near(x[4 + k] * ratio, y[4 + k], norm) for k in range(SUMS))
     return sums and all(_near(x[4 + SUMS + k] * ratio**2, y[4 + SUMS + k], y[3]) for k in range(SUMS))
+
+
+def _apart(x: Print, y: Print) -> float:
+    """By the sketches, how far apart two arrays are."""
+    return math.sqrt(sum((x[k] - y[k]) ** 2 for k in range(5 + 2 * SUMS, 5 + 3 * SUMS)) / SUMS)
 
 
 def _is_one_hot(x: Print) -> bool:
@@ -158,7 +164,7 @@ def _elsewhere(
         places = [j for j in range(i, len(steps)) if 0 <= j + n < len(steps)]
         return len(places) > 1 and all(_same(steps[j][0], steps[j + n][1]) for j in places[:8])
 
-    for n in (k for m in range(1, min(len(steps), 33)) for k in (m, -m)):
+    for n in (k for m in range(1, len(steps)) for k in (m, -m)):
         if shifted(n):
             cause = f"B has the batches of A {abs(n)} step{'s' if abs(n) > 1 else ''} {'later' if n > 0 else 'earlier'}"
             look = ["a batch that is taken before the loop", "the position in the data after a restart"]

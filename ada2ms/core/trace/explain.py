@@ -8,10 +8,9 @@ import numpy as np
 from ada2ms.core.dialects import DEFAULTS, FAMILIES, KNOWN, OWN_HYPER, Dialect, claimed, replay, said, variants
 from ada2ms.core.trace.model import Trace
 from ada2ms.core.trace.numbers import decays, searched
+from ada2ms.core.trace.pair import ROUNDINGS
 from ada2ms.core.trace.series import Series, series
 from ada2ms.core.trace.sketch import precision
-
-_SLACK = 4.0  # how many roundings of each kind are allowed for
 
 
 @dataclass
@@ -93,7 +92,7 @@ def _tolerance(series: Series, i: int) -> float:
     own = precision(series.parameter.dtype)
     moments = max(own, 2.0**-24 if series.parameter.dtype != "float64" else 0.0)
     norms = [float(np.linalg.norm(each[i])) for each in (series.values, series.updates)]
-    return _SLACK * (own * norms[0] + 8 * moments * norms[1])
+    return ROUNDINGS * (own * norms[0] + 8 * moments * norms[1])
 
 
 def _correction(dialect: Dialect, series: Series, i: int) -> float:
@@ -112,7 +111,7 @@ def _noise(run: list[Series], i: int) -> float:
     rounded = sum((precision(s.parameter.dtype) * float(np.linalg.norm(s.values[i]))) ** 2 for s in run)
     moved = sum(float(np.sum(np.square(s.updates[i]))) for s in run)
     entries = sum(s.updates[i].size for s in run)
-    return _SLACK * math.sqrt(rounded / moved / max(entries, 1)) if moved else math.inf
+    return ROUNDINGS * math.sqrt(rounded / moved / max(entries, 1)) if moved else math.inf
 
 
 def explain(trace: Trace, *, prefer: Dialect | None = None) -> Fit | None:

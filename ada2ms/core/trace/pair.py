@@ -10,7 +10,9 @@ from ada2ms.core.trace.model import TENSORS, Step, Trace
 from ada2ms.core.trace.sketch import Array, distance, precision, resolution
 from ada2ms.core.trace.verdict import some
 
-_ULPS = 4.0  # roundings for each term of a sum's root length, and for each layer
+ROUNDINGS: Final = (
+    4.0  # for one: of each term of a sum's root length, of each layer, and wherever their number is not known
+)
 GROWTH: Final = 20.0  # by how much rounding may grow from one step to the next
 RESIDUE: Final = 1e-4  # of the largest gradient's norm, below which a gradient may be nothing but rounding
 REPEAT: Final = 10.0  # how many times a repeat's differences a port's may be
@@ -37,7 +39,7 @@ class Yardstick:
     @property
     def rounding(self) -> float:
         """Of the arithmetic, without the sketches."""
-        return self.arithmetic * _ULPS * (math.sqrt(self.terms) + self.layers)
+        return self.arithmetic * ROUNDINGS * (math.sqrt(self.terms) + self.layers)
 
     @property
     def relative(self) -> float:
@@ -87,6 +89,12 @@ class Pair:
         terms = max((max(p.shape, default=1) for p in self.a.parameters), default=1)
         sketch = max((resolution(p.dtype) for p in found), default=0.0)
         return Yardstick(precision(coarsest), coarsest, terms, max(len(matrices), 1), sketch)
+
+    @property
+    def same_values(self) -> float:
+        """How far apart, relatively, the same values are before the first step: by rounding to either's type."""
+        found = [t.parameters[i] for t, each in ((self.a, self.ia), (self.b, self.ib)) for i in each]
+        return 2 * max((precision(p.dtype) for p in found), default=0.0) + self.yardstick.sketch
 
     def sketches(self, what: str, i: int) -> tuple[Array, Array]:
         """Of the shared parameters at a step: in a, and in b."""
@@ -193,7 +201,7 @@ class Pair:
                 p.name
                 for i, p in enumerate(self.a.parameters)
                 if sorted(p.shape) == sorted(q.shape)
-                and math.isclose(x.sketches["value"][i][0], y.sketches["value"][j][0], rel_tol=1e-5, abs_tol=1e-12)
+                and relative(x.sketches["value"][i][0], y.sketches["value"][j][0]) <= self.same_values
             ]
             if len(fits) == 1 and fits[0] != q.name:
                 found[q.own] = fits[0]

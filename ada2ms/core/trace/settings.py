@@ -1,18 +1,42 @@
 """The stage of hyperparameters: in what those that were recorded differ, of which parameters, and how they go on."""
 
+import math
 from collections.abc import Sequence
+from typing import Final
 
 import numpy as np
+from numpy.typing import NDArray
 
 from ada2ms.core.trace.model import Step
 from ada2ms.core.trace.pair import Pair, relative
 from ada2ms.core.trace.verdict import Verdict, some
 
+Course = NDArray[np.float64]  # of a hyperparameter, at every step
 # By name, value in A, value in B, and the groups in A and B: the parameters of which it is so.
 Differing = dict[tuple[str, float, float, tuple[int, int]], list[str]]
 
 _WARMUP = 3  # steps of a rise by which a warmup is known
 _MOST = 4  # sentences on one hyperparameter
+# Of the largest in a run: 16 roundings of float32, in which frameworks compute schedules; the last steps of a cosine
+# have no digit right.
+SAME: Final = 1e-6
+
+
+class Told:
+    """Whether hyperparameters that were told are equal, but for the rounding of schedules."""
+
+    def __init__(self, pair: Pair) -> None:
+        self.sides: tuple[list[Step], list[Step]] = [x for x, _ in pair.steps], [y for _, y in pair.steps]
+        self.largest: dict[tuple[str, tuple[int, int]], float] = {}
+
+    def equal(self, name: str, groups: tuple[int, int], x: float, y: float) -> bool:
+        """Of groups of A and of B, x and y."""
+        if x == y:
+            return True
+        if (name, groups) not in self.largest:
+            every = [_track(side, name, group) for side, group in zip(self.sides, groups, strict=True)]
+            self.largest[name, groups] = float(np.nanmax(np.abs(every), initial=0.0))
+        return abs(x - y) <= SAME * self.largest[name, groups]
 
 
 def hyperparameters(pair: Pair, i: int, differing: Differing) -> Verdict:
@@ -53,7 +77,7 @@ def _said(pair: Pair, i: int, name: str, each: Differing) -> tuple[str, str]:
         values.setdefault((here, there), []).extend(names)
     ratios = {there / here if here else None for here, there in values}
     ratio = next(iter(ratios))
-    if len(values) > 1 and ratio is not None and all(r is not None and relative(r, ratio) < 1e-6 for r in ratios):
+    if len(values) > 1 and ratio is not None and all(r is not None and relative(r, ratio) <= SAME for r in ratios):
         return name, f"{name}{whose} is {ratio:.6g} times as large in B as in A, in every group"
     sentences = [
         f"{name}{'' if len(names) == len(pair.names) else f' of {some(names)}'} is {here:.6g} in A and {there:.6g} in B"
@@ -64,17 +88,23 @@ def _said(pair: Pair, i: int, name: str, each: Differing) -> tuple[str, str]:
     return name, "; ".join(sentences[:_MOST] + rest)
 
 
-def _track(steps: Sequence[Step], name: str, group: int) -> "np.ndarray[tuple[int], np.dtype[np.float64]]":
+def _track(steps: Sequence[Step], name: str, group: int) -> Course:
     """A hyperparameter of a group at every step; NaN where it was not told."""
     return np.array([s.hyper[min(group, len(s.hyper) - 1)].get(name, np.nan) if s.hyper else np.nan for s in steps])
 
 
-def _tracks(
-    pair: Pair, name: str, groups: tuple[int, int]
-) -> "tuple[np.ndarray[tuple[int], np.dtype[np.float64]], ...]":
+def _tracks(pair: Pair, name: str, groups: tuple[int, int]) -> tuple[Course, ...]:
     """In A and in B."""
     sides = zip(*pair.steps, strict=True)
     return tuple(_track(side, name, group) for side, group in zip(sides, groups, strict=True))
+
+
+def _near(x: Course, y: Course) -> NDArray[np.bool_]:
+    return np.asarray(np.abs(x - y) <= SAME * np.max(np.abs([x, y])))
+
+
+def _close(x: Course, y: Course) -> bool:
+    return bool(_near(x, y).all())
 
 
 def _course(pair: Pair, name: str, groups: tuple[int, int]) -> tuple[str, str]:
@@ -84,35 +114,35 @@ def _course(pair: Pair, name: str, groups: tuple[int, int]) -> tuple[str, str]:
     if n > 2 and np.ptp(x) > 0:
         for k in (1, -1, 2, -2):
             one, two = (x[k:], y[:-k]) if k > 0 else (x[:k], y[-k:])
-            if len(one) > 1 and np.allclose(one, two, rtol=1e-5, atol=1e-12) and np.ptp(one) > 0:
+            if len(one) > 1 and _close(one, two) and np.ptp(one) > 0:
                 ahead = "A" if k < 0 else "B"
                 steps = f"{abs(k)} step{'s' if abs(k) > 1 else ''}"
                 return f"{name} shifted", "{name}" + f" of {ahead} is {steps} ahead (off by {abs(k)})"
-            m = int(np.argmin(np.append(np.isclose(one, two, rtol=1e-5, atol=1e-12), False)))
+            m = int(np.argmin(np.append(_near(one, two), False)))
             if m >= _WARMUP and np.all(np.diff(one[:m]) > 0):
                 ahead = "A" if k < 0 else "B"
                 words = f" of {ahead} is {abs(k)} step{'s' if abs(k) > 1 else ''} ahead for {m + abs(k)} steps"
                 return f"{name} shifted", "{name}" + f"{words} (a warmup from another number?)"
     if words := _unit(x, y):
         return f"{name} unit", words
-    with np.errstate(divide="ignore", invalid="ignore"):
-        ratio = y / x
-    if n > 1 and np.all(np.isfinite(ratio)) and np.allclose(ratio, ratio[0], rtol=1e-5) and np.ptp(x) > 0:
-        return f"{name} factor", "{name}" + f" of B is {ratio[0]:.6g} times that of A at every step"
+    most = int(np.argmax(np.abs(x)))
+    ratio = float(y[most] / x[most]) if x[most] else math.nan
+    if np.ptp(x) > 0 and _close(ratio * x, y):
+        return f"{name} factor", "{name}" + f" of B is {ratio:.6g} times that of A at every step"
     return name, ""
 
 
-def _unit(x: "np.ndarray[tuple[int], np.dtype[np.float64]]", y: "np.ndarray[tuple[int], np.dtype[np.float64]]") -> str:
+def _unit(x: Course, y: Course) -> str:
     """Whether one run's values are the other's, each for several steps; empty if not."""
     for fast, slow, who in ((x, y, "AB"), (y, x, "BA")):
-        if np.ptp(slow) == 0 and len(np.unique(fast)) > 2 and np.isclose(fast, slow[0], rtol=1e-5).any():
+        if np.ptp(slow) == 0 and len(np.unique(fast)) > 2 and _near(fast, slow).any():
             words = f" of {who[1]} stays at {slow[0]:.6g} where that of {who[0]} moves"
             return "{name}" + words + " (a schedule that is missing, or moves per epoch?)"
         for every in range(2, len(slow)):
             places = np.arange(len(slow)) // every
             if np.ptp(fast) == 0 or np.ptp(fast[: places[-1] + 1]) == 0 or not places[-1]:
                 break
-            if np.allclose(fast[places], slow, rtol=1e-5, atol=1e-12):
+            if _close(fast[places], slow):
                 words = f" of {who[1]} takes {every} steps for what it does in one of {who[0]}"
                 return "{name}" + words + " (per epoch and per step?)"
     return ""

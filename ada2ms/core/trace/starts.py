@@ -5,7 +5,7 @@ from typing import Final
 
 import numpy as np
 
-from ada2ms.core.trace.pair import Pair
+from ada2ms.core.trace.pair import Pair, relative
 from ada2ms.core.trace.sketch import Array, distance, precision
 from ada2ms.core.trace.verdict import Verdict, some
 
@@ -16,7 +16,7 @@ def start(pair: Pair, apart: Array, norm: Array, bad: Array) -> Verdict:
     """Other values before the first step."""
     names = [pair.names[k] for k in np.flatnonzero(bad)]
     x, y = pair.sketches("value", 0)
-    moved = [k for k in np.flatnonzero(bad) if math.isclose(x[k, 0], y[k, 0], rel_tol=1e-5) and x[k, 0] > 0]
+    moved = [k for k in np.flatnonzero(bad) if x[k, 0] > 0 and relative(x[k, 0], y[k, 0]) <= pair.same_values]
     if moved and len(moved) == len(names):
         turned = [k for k in moved if _transposed(pair, pair.names[k])]
         if turned:
@@ -58,7 +58,8 @@ def _transposed(pair: Pair, name: str) -> bool:
     orders = [tuple(reversed(range(x.ndim))), (*range(x.ndim - 2), x.ndim - 1, x.ndim - 2)]
     turned = [x.transpose(order) for order in orders]
     flat = y.reshape(-1)
-    return any(np.allclose(t.reshape(-1), flat, rtol=1e-5, atol=1e-7 * float(np.abs(flat).max())) for t in turned)
+    allowed = pair.same_values * float(np.linalg.norm(flat))
+    return any(float(np.linalg.norm(t.reshape(-1) - flat)) <= allowed for t in turned)
 
 
 def _exchanged(pair: Pair, bad: Array) -> list[tuple[str, str]]:
@@ -72,7 +73,7 @@ def _exchanged(pair: Pair, bad: Array) -> list[tuple[str, str]]:
             continue
         for k in places:
             same = k != j and pair.a.parameters[pair.ia[k]].shape == shape
-            if same and float(distance(x[k][None], y[j][None])[0]) <= 1e-5 * y[j, 0]:
+            if same and float(distance(x[k][None], y[j][None])[0]) <= pair.same_values * y[j, 0]:
                 found.append((pair.names[j], pair.names[k]))
                 break
     return found

@@ -29,7 +29,7 @@ def mixture(pair: Pair, i: int, bad: Array, near: float, stage: str) -> Verdict 
             if all(name in terms for name in chosen):
                 found = _solved([terms[name][bad] for name in chosen], pair.sketches("gradient", i)[there][bad], near)
                 if found is not None:
-                    return _said(pair, i, bad, stage, "AB"[there], dict(zip(chosen, found, strict=True)))
+                    return _said(pair, i, bad, near, stage, "AB"[there], dict(zip(chosen, found, strict=True)))
     return None
 
 
@@ -53,14 +53,14 @@ def _solved(terms: list[Array], whole: Array, near: float) -> list[float] | None
     return [float(c) for c in factors]
 
 
-def _said(pair: Pair, i: int, bad: Array, stage: str, who: str, factors: Mapping[str, float]) -> Verdict:
+def _said(pair: Pair, i: int, bad: Array, near: float, stage: str, who: str, factors: Mapping[str, float]) -> Verdict:
     names = [pair.names[k] for k in np.flatnonzero(bad)]
     whose = "" if len(names) == len(pair.names) else f" of {some(names)}"
     other = "A" if who == "B" else "B"
     first = factors.get("", 0.0)
     pieces = []
     if first:
-        pieces.append(f"those of {other}" if abs(first - 1) < 1e-3 else f"{first:.6g} times those of {other}")
+        pieces.append(f"those of {other}" if abs(first - 1) <= near else f"{first:.6g} times those of {other}")
     if c := factors.get("values", 0.0):
         pieces.append(f"{c:.4g} times the values")
         kind, look = "penalty", ["a penalty on the squares of weights in the loss, or decay that is added to gradients"]
@@ -68,9 +68,9 @@ def _said(pair: Pair, i: int, bad: Array, stage: str, who: str, factors: Mapping
     else:
         c = factors["before"]
         of = f"{who}'s own gradients of the step before"
-        pieces.append(of if abs(c - 1) < 1e-3 else f"{c:.4g} times {of}")
+        pieces.append(of if abs(c - 1) <= near else f"{c:.4g} times {of}")
         kind, look = "gradient of before", ["whether gradients are set to zero in every step (zero_grad)"]
-        why = " (not set to zero)" if first and abs(c - 1) < 1e-3 else ""
+        why = " (not set to zero)" if first and abs(c - 1) <= near else ""
     cause = f"the gradients{whose} of {who} are {' plus '.join(pieces)}{why}"
     return Verdict("parted", cause, stage, i + 1, kind, look=look, parameters=names)
 

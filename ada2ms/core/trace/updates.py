@@ -13,13 +13,12 @@ from ada2ms.core.dialects import OWN_HYPER, Dialect
 from ada2ms.core.trace import causes
 from ada2ms.core.trace.explain import Fit, fit, spoken
 from ada2ms.core.trace.near import nearest
-from ada2ms.core.trace.pair import Pair, factor, relative
-from ada2ms.core.trace.sketch import precision
+from ada2ms.core.trace.pair import ROUNDINGS, Pair, factor, relative
+from ada2ms.core.trace.sketch import SUMS, precision
 from ada2ms.core.trace.speech import Speech, Voice, alike, odd_rate, same_rates, speech
 from ada2ms.core.trace.verdict import Verdict, joined, some
 
 _LOOK = ["the arguments of the optimizers", "docs of the optimizers: in what their rules differ"]
-_STRIDE = 0.15  # how near 1 the update of a first step is, in units of lr: norms of updates are estimates
 _MASKS = "masks and groups: which parameters decay, or have a learning rate of their own"
 
 
@@ -215,20 +214,22 @@ class Updates:
         values = np.maximum(*(v[:, 0] for v in pair.sketches("value", i)))
         grain = max(precision(p.dtype) for p in pair.a.parameters) * math.sqrt(float(np.nansum(np.square(values))))
         size = math.sqrt(float(np.sum(np.square(norm))))
-        allowed = max(4 * grain / size if size else 0.0, allowed)
+        allowed = max(ROUNDINGS * grain / size if size else 0.0, allowed)
         if whole <= allowed:
             return None
         c, left = factor(x, y)
         names = [pair.names[k] for k in np.flatnonzero(d > allowed * norm)]
         evidence = [*causes.sizes(pair, "update", i, d > allowed * norm), f"rounding explains {allowed:.1e}"]
-        if lost := self._lost(i):
+        is_factor = left < 0.3 * abs(c - 1) and c > 0  # most of what is apart is along A's own update
+        is_recount = is_factor and self._is_recount(i, c)
+        if not is_recount and (lost := self._lost(i)):
             cause = f"the update of {lost} is that of an optimizer's first step: {some(names)}"
             look = ["whether the optimizer's state was lost: after a restart, or by making the optimizer anew"]
             return Verdict("parted", cause, "update", i + 1, "other updates", evidence, look=look, parameters=names)
-        if left < 0.3 * abs(c - 1) and c > 0:
+        if is_factor:
             cause = f"from the same gradients the updates of B are {c:.4g} times those of A"
             look = ["the learning rate as the optimizer sees it", "wrappers that scale updates", *self._told()]
-            if self._is_recount(i, c):
+            if is_recount:
                 cause += ": what moments leave that are kept where the count of steps begins again at 1"
                 look = ["the count of steps in the optimizer's state, after a restart"]
             return Verdict("parted", cause, "update", i + 1, "factor", evidence, look=look, parameters=names)
@@ -236,20 +237,25 @@ class Updates:
         look = ["the optimizer and what it keeps: its state after a restart, what wraps it", *self._told()]
         return Verdict("parted", cause, "update", i + 1, "other updates", evidence, look=look, parameters=names)
 
-    def _stride(self, i: int, side: int) -> float:
-        """The root mean square of a run's update in units of lr: 1 in Adam's first step; NaN if it is not Adam's."""
+    def _stride(self, i: int, side: int) -> tuple[float, float]:
+        """The root mean square of a run's update in units of lr: 1 in Adam's first step; NaN if it is not Adam's.
+
+        And three times its standard error. Where a recorder has only the sketches of values, the square of an update's
+        norm is the mean of 8 squares, and its standard error sqrt(2 / 8) of it.
+        """
         trace, index = ((self.pair.a, self.pair.ia), (self.pair.b, self.pair.ib))[side]
         step = self.pair.steps[i][side]
-        moved = whole = 0.0
+        moved = whole = error = 0.0
         for k in index:
             p = trace.parameters[k]
             hyper = step.hyper[min(p.group, len(step.hyper) - 1)] if step.hyper else {}
             if "b2" not in hyper or "lr" not in hyper or hyper.get("adaptivity", 1.0) != 1.0:
-                return math.nan
+                return math.nan, 0.0
             if not step.missing[k]:
                 moved += float(step.sketches["update"][k, 0]) ** 2
                 whole += hyper["lr"] ** 2 * p.size
-        return math.sqrt(moved / whole) if whole > 0 else math.nan
+                error += (hyper["lr"] ** 2 * p.size) ** 2 * 2 / SUMS
+        return (math.sqrt(moved / whole), 3 * math.sqrt(error) / whole / 2) if whole > 0 else (math.nan, 0.0)
 
     def _lost(self, i: int) -> str:
         """Which run alone makes an optimizer's first step, though it is none; empty if it is not that."""
@@ -257,11 +263,11 @@ class Updates:
         if i == 0 and started[0] != started[1]:
             return "AB"[started.index(False)]
         strides = [self._stride(i, side) for side in (0, 1)]
-        first = [abs(x - 1) < _STRIDE for x in strides]
+        first = [abs(x - 1) < error for x, error in strides]
         if (i == 0 and not all(started)) or first[0] == first[1]:
             return ""
         side = first.index(True)
-        return "AB"[side] if strides[side] > (1 + _STRIDE) * strides[1 - side] else ""
+        return "AB"[side] if strides[side] > strides[1 - side] else ""
 
     def _is_recount(self, i: int, c: float) -> bool:
         """Whether a factor is that of moments that are kept where the count of steps has begun again at 1."""

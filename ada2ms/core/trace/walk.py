@@ -13,13 +13,12 @@ import numpy as np
 from ada2ms.core.trace import causes, data, settings, starts
 from ada2ms.core.trace.explain import spoken
 from ada2ms.core.trace.model import Trace
-from ada2ms.core.trace.pair import GROWTH, REPEAT, Pair, drift, grain, relative
+from ada2ms.core.trace.pair import GROWTH, REPEAT, ROUNDINGS, Pair, drift, grain, relative
 from ada2ms.core.trace.sketch import Array, distance, precision
 from ada2ms.core.trace.statistics import Statistics
 from ada2ms.core.trace.updates import Updates
 from ada2ms.core.trace.verdict import STAGES, Verdict, joined, some
 
-_FLOOR = 4.0  # roundings of the model's whole gradient that one parameter's may differ by, however small it is
 _NOT_TOLD = {"decoupled_weight_decay"}  # shows by the updates, and in words
 _FORWARD = {"everything", "some gradients", "precision", "not finite"}  # kinds that other forward passes leave
 _CHAOS = 0.3  # a difference that rounding reaches by growth alone, and that traces alone do not explain
@@ -40,6 +39,7 @@ class _Walk:
         told = drift(repeat) if repeat is not None and repeat.steps else None
         self.repeat = told if told and max(map(max, (told["gradient"], told["value"]))) > 0 else None
         self.silent_repeat = repeat is not None and self.repeat is None
+        self.told = settings.Told(pair)
         self.updates = Updates(pair)
         self.updates.explain()
 
@@ -63,7 +63,11 @@ class _Walk:
         return found or self.updates.check(i, self.allowed_update)
 
     def allowed_update(self, i: int) -> float:
-        """As `allowed`, for updates: an entry whose gradient is nothing but rounding may go the other way."""
+        """As `allowed`, for updates: an entry whose gradient is nothing but rounding may go the other way.
+
+        Where gradients differ by a share u, so many entries are no larger than what they differ by, and their updates
+        differ by 2 units: 2 * sqrt(u) of the update's norm; twice that is allowed.
+        """
         if self.repeat is not None:
             return max(4 * math.sqrt(self.unit(i)), REPEAT * max(self.repeat["update"][: i + 1]))
         return max(4 * math.sqrt(self.allowed("gradient", i)), GROWTH * self.most["update"][i])
@@ -75,11 +79,7 @@ class _Walk:
             return None
         if i == 0:
             d, norm, _ = pair.apart("value", 0)
-            narrow = max(
-                (precision(t.parameters[k].dtype) for t, each in ((pair.a, pair.ia), (pair.b, pair.ib)) for k in each),
-                default=0.0,
-            )
-            bad = d > (2 * narrow + pair.yardstick.sketch) * norm
+            bad = d > pair.same_values * norm
             if bad.any():
                 verdict = starts.start(pair, d, norm, bad)
                 verdict.evidence += causes.sizes(pair, "value", 0, bad)
@@ -102,7 +102,7 @@ class _Walk:
         trace, index = ((pair.a, pair.ia), (pair.b, pair.ib))[side]
         narrow = np.array([precision(trace.parameters[k].dtype) for k in index])
         d = distance(now, before + update)
-        return d > (4 * narrow + 4 * pair.yardstick.sketch) * np.maximum(now[:, 0], before[:, 0])
+        return d > ROUNDINGS * (narrow + pair.yardstick.sketch) * np.maximum(now[:, 0], before[:, 0])
 
     def _forward(self, i: int) -> Verdict | None:
         pair = self.pair
@@ -112,13 +112,15 @@ class _Walk:
         odd = ~np.isfinite(d)
         model = math.sqrt(float(np.sum(np.square(norm[~odd]))))
         gone_a, gone_b = pair.missing(i)
-        floor = _FLOOR * (pair.yardstick.arithmetic + (0 if pair.is_exact(i) else pair.yardstick.sketch / 8)) * model
+        # However small a gradient is, it may differ by some roundings of the model's.
+        sketch = 0.0 if pair.is_exact(i) else pair.yardstick.sketch
+        floor = (ROUNDINGS * pair.yardstick.arithmetic + sketch) * model
         bad = d > allowed * norm + floor
         if i and not whole > allowed:  # single parameters may wander where the model does not
             bad &= d > GROWTH * self.share * norm + floor
         bad |= (gone_a != gone_b) | odd
         loss = relative(x.loss, y.loss)
-        loss_differs = loss > max(self.allowed("loss", i), _FLOOR * max(grain(x.loss), grain(y.loss)))
+        loss_differs = loss > max(self.allowed("loss", i), ROUNDINGS * max(grain(x.loss), grain(y.loss)))
         with np.errstate(divide="ignore", invalid="ignore"):
             share = np.nan_to_num(np.where(norm > 0, d / norm, 0.0), nan=0.0, posinf=0.0)
         self.share = np.maximum(self.share, share)
@@ -184,13 +186,13 @@ class _Walk:
             there = y.hyper[min(pair.b.parameters[q].group, len(y.hyper) - 1)]
             parameter = pair.a.parameters[p].name
             for name in here:
-                if name not in there or name in _NOT_TOLD or relative(here[name], there[name]) <= 1e-6:
+                groups = pair.a.parameters[p].group, pair.b.parameters[q].group
+                if name not in there or name in _NOT_TOLD or self.told.equal(name, groups, here[name], there[name]):
                     continue
                 if i < self.updates.covered and self.updates.agree_on(name, parameter):
                     note = f"{name} was told otherwise in A and in B, but their updates show the same"
                     self.notes += [note] if note not in self.notes else []
                     continue
-                groups = pair.a.parameters[p].group, pair.b.parameters[q].group
                 found.setdefault((name, here[name], there[name], groups), []).append(parameter)
         return settings.hyperparameters(pair, i, found) if found else None
 
