@@ -10,6 +10,7 @@ from ada2ms.core.trace.pair import Pair
 from ada2ms.core.trace.sketch import Array
 
 _PANELS = {"start": "value", "value": "value", "forward": "gradient", "gradient": "gradient", "update": "update"}
+_ROWS = 40  # names beside a panel; of more parameters every second, third and so on has its name
 _MOST = 400  # columns that are drawn; longer runs are sampled, with the verdict's step
 
 
@@ -28,7 +29,7 @@ def draw(a: Trace, b: Trace, verdict: Verdict, path: Path) -> None:
     pair = Pair(a, b)
     steps = _columns(len(pair.steps), verdict.step - 1)
     names = pair.names or ["no shared parameters"]
-    height = 1.2 + 0.18 * min(len(names), 60)
+    height = 1.2 + 0.18 * min(len(names), _ROWS)
     figure, panels = plt.subplots(len(TENSORS), 1, figsize=(9, 3 * height), sharex=True, layout="constrained")
     scale = LogNorm(1e-8, 1.0)
     for panel, what in zip(panels, TENSORS, strict=True):
@@ -37,7 +38,8 @@ def draw(a: Trace, b: Trace, verdict: Verdict, path: Path) -> None:
             np.maximum(image, 1e-9), aspect="auto", norm=scale, cmap="magma", interpolation="nearest", origin="upper"
         )
         panel.set_title(what, loc="left")
-        panel.set_yticks(range(len(names)) if len(names) <= 40 else [], names if len(names) <= 40 else [], fontsize=7)
+        named = range(0, len(names), -(-len(names) // _ROWS))
+        panel.set_yticks(named, [names[k] for k in named], fontsize=7)
         if verdict.step and _PANELS.get(verdict.stage, "update") == what:
             column = steps.index(verdict.step - 1)
             rows = [names.index(n) for n in verdict.parameters if n in names] or [*range(len(names))]

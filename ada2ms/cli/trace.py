@@ -17,7 +17,7 @@ from ada2ms.cli.arguments import reported
 from ada2ms.core.trace import Trace, TraceError, Verdict, diff, judge
 from ada2ms.core.trace.measured import measured
 
-_LONG = 2000  # steps from which on progress is shown
+_LONG = 500  # steps from which on progress is shown
 
 
 def add(commands: Any) -> None:

@@ -138,6 +138,8 @@ class Pair:
     def entries(self, what: str, i: int) -> list[tuple[Array, Array] | None]:
         """All entries of each shared parameter at a step, where both runs have them."""
         found: list[tuple[Array, Array] | None] = []
+        if not all(step.full for step in self.steps[i]):
+            return [None] * len(self.names)
         for name, k in zip(self.names, self.ia, strict=True):
             x, y = (step.full.get(what, {}).get(name) for step in self.steps[i])
             if x is None or y is None or not x.size == y.size == self.a.parameters[k].size:
@@ -252,11 +254,16 @@ def factor(x: Array, y: Array) -> tuple[float, float]:
     return c, float(np.linalg.norm(zy - c * zx)) / whole
 
 
+def whole(pair: Pair, i: int) -> dict[str, float]:
+    """For each kind of tensor, how far apart the whole model is at a step, relatively; and the losses."""
+    x, y = pair.steps[i]
+    return {**{what: pair.apart(what, i)[2] for what in TENSORS}, "loss": relative(x.loss, y.loss)}
+
+
 def drift(pair: Pair) -> dict[str, list[float]]:
-    """For each kind of tensor, how far apart the whole model is at each step, relatively; and the losses."""
-    found = {what: [pair.apart(what, i)[2] for i in range(len(pair.steps))] for what in TENSORS}
-    found["loss"] = [relative(x.loss, y.loss) for x, y in pair.steps]
-    return found
+    """`whole` of each step."""
+    each = [whole(pair, i) for i in range(len(pair.steps))]
+    return {what: [found[what] for found in each] for what in (*TENSORS, "loss")}
 
 
 def relative(x: float | None, y: float | None) -> float:

@@ -12,8 +12,8 @@ import numpy as np
 
 from ada2ms.core.trace import causes, data, settings, starts
 from ada2ms.core.trace.explain import spoken
-from ada2ms.core.trace.model import Trace
-from ada2ms.core.trace.pair import GROWTH, REPEAT, ROUNDINGS, Pair, drift, grain, relative
+from ada2ms.core.trace.model import TENSORS, Trace
+from ada2ms.core.trace.pair import GROWTH, REPEAT, ROUNDINGS, Pair, drift, grain, relative, whole
 from ada2ms.core.trace.sketch import Array, distance, precision
 from ada2ms.core.trace.statistics import Statistics
 from ada2ms.core.trace.updates import Updates
@@ -32,14 +32,19 @@ class _Walk:
     def __init__(self, pair: Pair, repeat: Pair | None, arithmetic: str | None) -> None:
         self.arithmetic = arithmetic  # as the user says, who then means it
         self.pair, self.notes = pair, []  # type: tuple[Pair, list[str]]
-        self.course = drift(pair)
-        self.most = {what: _running(values) for what, values in self.course.items()}
+        self.course: dict[str, list[float]] = {what: [] for what in (*TENSORS, "loss")}
+        self.most = {what: [0.0] for what in self.course}  # the largest of the finite values before each step
         self.share = np.zeros(len(pair.names))  # of each gradient, the largest relative difference so far
         # A repeat that agrees to the last bit says nothing of how rounding grows.
         told = drift(repeat) if repeat is not None and repeat.steps else None
         self.repeat = told if told and max(map(max, (told["gradient"], told["value"]))) > 0 else None
         self.silent_repeat = repeat is not None and self.repeat is None
         self.told = settings.Told(pair)
+        here, there = ([t.parameters[k] for k in each] for t, each in ((pair.a, pair.ia), (pair.b, pair.ib)))
+        self.narrow = [np.array([precision(p.dtype) for p in side]) for side in (here, there)]
+        self.groups: dict[tuple[int, int], list[str]] = {}  # parameters, by their groups in A and in B
+        for p, q in zip(here, there, strict=True):
+            self.groups.setdefault((p.group, q.group), []).append(p.name)
         self.updates = Updates(pair)
         self.updates.explain()
 
@@ -57,8 +62,11 @@ class _Walk:
         return max(self.unit(i), GROWTH * max(before))
 
     def step(self, i: int) -> Verdict | None:
-        """The first stage of a step that parts, if any."""
+        """The first stage of a step that parts, if any; of every step in its turn."""
         pair = self.pair
+        for what, x in whole(pair, i).items():
+            self.course[what].append(x)
+            self.most[what].append(max(self.most[what][-1], x if math.isfinite(x) else 0.0))
         found = data.compare(pair.steps, i, self.notes) or self._values(i) or self._forward(i) or self._hyper(i)
         return found or self.updates.check(i, self.allowed_update)
 
@@ -99,8 +107,7 @@ class _Walk:
         update = pair.sketches("update", i - 1)[side]
         if np.isnan(update).all():
             return np.zeros(len(now), bool)
-        trace, index = ((pair.a, pair.ia), (pair.b, pair.ib))[side]
-        narrow = np.array([precision(trace.parameters[k].dtype) for k in index])
+        narrow = self.narrow[side]
         d = distance(now, before + update)
         return d > ROUNDINGS * (narrow + pair.yardstick.sketch) * np.maximum(now[:, 0], before[:, 0])
 
@@ -181,28 +188,19 @@ class _Walk:
         if not x.hyper or not y.hyper:
             return None
         found: settings.Differing = {}
-        for p, q in zip(pair.ia, pair.ib, strict=True):
-            here = x.hyper[min(pair.a.parameters[p].group, len(x.hyper) - 1)]
-            there = y.hyper[min(pair.b.parameters[q].group, len(y.hyper) - 1)]
-            parameter = pair.a.parameters[p].name
+        for groups, names in self.groups.items():
+            here, there = (
+                step.hyper[min(group, len(step.hyper) - 1)] for step, group in zip((x, y), groups, strict=True)
+            )
             for name in here:
-                groups = pair.a.parameters[p].group, pair.b.parameters[q].group
                 if name not in there or name in _NOT_TOLD or self.told.equal(name, groups, here[name], there[name]):
                     continue
-                if i < self.updates.covered and self.updates.agree_on(name, parameter):
-                    note = f"{name} was told otherwise in A and in B, but their updates show the same"
-                    self.notes += [note] if note not in self.notes else []
-                    continue
-                found.setdefault((name, here[name], there[name], groups), []).append(parameter)
+                agree = [p for p in names if i < self.updates.covered and self.updates.agree_on(name, p)]
+                note = f"{name} was told otherwise in A and in B, but their updates show the same"
+                self.notes += [note] if agree and note not in self.notes else []
+                if len(agree) < len(names):
+                    found[name, here[name], there[name], groups] = [p for p in names if p not in agree]
         return settings.hyperparameters(pair, i, found) if found else None
-
-
-def _running(values: list[float]) -> list[float]:
-    """The largest of the finite values before each, and at last of all; 0 before the first."""
-    found = [0.0]
-    for x in values:
-        found.append(max(found[-1], x) if math.isfinite(x) else found[-1])
-    return found
 
 
 def diff(
