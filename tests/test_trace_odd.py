@@ -109,11 +109,11 @@ def test_gradients_of_zeros_do_not_agree_with_others() -> None:
 
 
 def test_a_loss_that_differs_is_not_said_to_agree() -> None:
-    """A sum where gradients are clipped: both show, and in their stages."""
+    """A sum where gradients are clipped: both are said."""
     found = diff(trace("torch", {}), trace("torch", {**WITHIN, "reduction": "sum", "clip": 0.05}))
     assert (found.stage, found.step) == ("forward", 1), found
-    assert any("the ratio is 8" in sentence for sentence in found.look)
-    assert any("clipped to the norm 0.05" in sentence for sentence in found.also)
+    assert "the loss of B is 8 times that of A" in found.cause
+    assert "B's are clipped to the norm 0.05" in found.cause
     assert not any("the loss" in sentence for sentence in found.agrees)
 
 
