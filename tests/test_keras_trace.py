@@ -9,7 +9,7 @@ import pytest
 from keras import ops
 
 from ada2ms.core import Group, Linear
-from ada2ms.core.trace import Trace, TraceError
+from ada2ms.core.trace import Trace, TraceError, native
 from ada2ms.core.trace.model import fingerprint
 from ada2ms.core.trace.sketch import resolution, sketch
 from ada2ms.tf import Ada2MS, Recorder, plain_layers
@@ -223,3 +223,15 @@ def test_running_statistics_are_recorded_and_neither_seeds_nor_frozen_weights(tm
         assert ("statistics" in step.full) == (step.number <= 1)
     assert np.abs(mean - 0.5).max() > 0.1, "they move"
     assert np.allclose(mean, ops.convert_to_numpy(layers[1].moving_mean), rtol=1e-4, atol=1e-6)
+
+
+def test_all_arrays_of_a_step_are_summed_in_one_call(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Values, gradients and updates; of a large model that is C++."""
+    asked: list[int] = []
+    monkeypatch.setattr(native, "is_available", lambda entries: bool(asked.append(entries)))
+    model = network()
+    optimizer = keras.optimizers.SGD(0.1)
+    gradients = [ops.ones(v.shape) for v in model.trainable_variables]
+    with Recorder(tmp_path / "run", model, optimizer):
+        optimizer.apply(gradients, model.trainable_variables)
+    assert asked == [3 * sum(int(np.prod(v.shape)) for v in model.trainable_variables)]

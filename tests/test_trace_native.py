@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 
 from ada2ms.core.trace import native
-from ada2ms.core.trace.sketch import WIDTH, codes, resolution, signs_of
+from ada2ms.core.trace.sketch import WIDTH, codes, resolution, signs_of, sketch
 from support import slow
 
 SHAPES = [(), (0,), (3, 0, 2), (1,), (5,), (700,), (64, 33), (7, 3, 3, 16), (9, 8), (100, 7), (130, 2), (1, 1100)]
@@ -124,6 +124,25 @@ def test_what_is_not_finite_shows(sums: Callable[..., Any], dtype: str, value: f
 
 def test_nothing_is_summed_of_nothing(sums: Callable[..., Any]) -> None:
     assert sums([], []).shape == (0, WIDTH)
+
+
+@pytest.mark.parametrize("entries", [0, 10**9], ids=["native", "plain"])
+def test_sketches_of_arrays_are_those_of_numpy(
+    sums: Callable[..., Any], monkeypatch: pytest.MonkeyPatch, entries: int
+) -> None:
+    """In any layout and type; twice, and of other arrays of the same shapes, whose codes are known by then."""
+    monkeypatch.setattr(native, "ENTRIES", entries)
+    sketches, rng = native.Sketcher(), np.random.default_rng(2)
+    axes = [None, (1, 0), (2, 0, 1), None, None, None]
+    for seed in range(2):
+        x = rng.normal(size=(30, 40)).astype(np.float32)
+        image, pairs = rng.normal(size=(4, 5, 6)), x[:3] + 1j * x[3:6]
+        arrays = [x, np.asfortranarray(x), image.transpose(1, 2, 0)[:, ::2], pairs, np.arange(seed, 9), np.float32(3)]
+        found = sketches(arrays, axes)
+        for array, order, row in zip(arrays, axes, found, strict=True):
+            expected = sketch(array, order)
+            assert np.abs(row - expected).max() <= 2 * resolution(np.asarray(array).dtype.name) * expected[0]
+    assert sketches([], []).shape == (0, WIDTH)
 
 
 @pytest.fixture

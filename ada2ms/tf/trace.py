@@ -22,7 +22,7 @@ from ada2ms.core.hyperparameters import value_at
 from ada2ms.core.state import Axes, Extras, Names
 from ada2ms.core.trace import Step, TraceError, Writer
 from ada2ms.core.trace.model import Observed, empty_sketches, moving, observed, resolve, sample
-from ada2ms.core.trace.sketch import sketch
+from ada2ms.core.trace.native import Sketcher
 from ada2ms.core.trace.writer import DEFAULT_ENTRIES, DEFAULT_FLUSH, DEFAULT_FULL
 from ada2ms.tf.groups import Hyper
 from ada2ms.tf.optimizer import Ada2MS
@@ -47,7 +47,7 @@ class Recorder(keras.callbacks.Callback):  # type: ignore[misc]
 
     Of every update: loss and batch; hyperparameters; and of each variable sketches of its value, of its gradient as the
     rule gets it (unscaled, the mean of those that it accumulates, and clipped if the optimizer clips), and of the
-    update, for the first steps with entries of the arrays themselves. Sketches are made by NumPy.
+    update, for the first steps with entries of the arrays themselves. Sketches are made in the host's memory.
 
     As a callback it takes batches and losses from `fit`. In a loop of your own call `batch` and `loss`. Either way the
     steps must run eagerly: `model.compile(..., run_eagerly=True)`; on torch they do.
@@ -100,6 +100,7 @@ class Recorder(keras.callbacks.Callback):  # type: ignore[misc]
         self._start = self._observed()
         self._about = _about(self._optimizer)
         self._groups: list[_Group] = []  # known once the optimizer is built, in its first step
+        self._sketcher = Sketcher()
         self._sum: dict[str, Any] = {}  # gradients that are accumulated, as the optimizer does
         self._apply, self._compute_loss = self._optimizer.apply, model.compute_loss
         self._optimizer.apply = self._recorded_apply
@@ -207,17 +208,20 @@ class Recorder(keras.callbacks.Callback):  # type: ignore[misc]
             self._writer.flush()
         step = Step(0, empty_sketches(len(self.parameters)), np.zeros(len(self.parameters), bool), hyper=hyper)
         full = self._writer.count < self._writer.full
+        found: list[tuple[str, int, Any]] = []
         for i, p in enumerate(self.parameters):
-            g = gradients.get(p.own)
-            step.missing[i] = g is None
-            found = {"gradient": g}
+            step.missing[i] = gradients.get(p.own) is None
+            if not step.missing[i]:
+                found.append(("gradient", i, gradients[p.own]))
             if p.own in before:
-                found |= {"value": before[p.own], "update": _difference(after[p.own], before[p.own])}
-            for what, array in found.items():
-                if array is not None:
-                    step.sketches[what][i] = sketch(p.of(array), p.axes)
-                    if full:
-                        step.full.setdefault(what, {})[p.name] = sample(array, p, self._writer.entries)
+                found.append(("value", i, before[p.own]))
+                found.append(("update", i, _difference(after[p.own], before[p.own])))
+        each = [self.parameters[i] for _, i, _ in found]
+        sketches = self._sketcher([p.of(x) for p, (_, _, x) in zip(each, found, strict=True)], [p.axes for p in each])
+        for (what, i, array), p, row in zip(found, each, sketches, strict=True):
+            step.sketches[what][i] = row
+            if full:
+                step.full.setdefault(what, {})[p.name] = sample(array, p, self._writer.entries)
         self._writer.add(step)
 
 
@@ -257,7 +261,7 @@ def _scale(bound: float, norm: float) -> float:
 
 def _difference(after: Any, before: Any) -> Any:
     wide = np.result_type(after, np.float32)
-    return after.astype(wide) - before.astype(wide)
+    return np.subtract(after, before, dtype=wide)
 
 
 def _leaves(x: Any) -> list[Any]:

@@ -21,7 +21,7 @@ from typing import Any, Final
 
 import numpy as np
 
-from ada2ms.core.trace.sketch import WIDTH, Array, Codes
+from ada2ms.core.trace.sketch import WIDTH, Array, Codes, codes, reals, sketch
 
 ENTRIES: Final = 1 << 20  # of a model, from which on it is worth while
 DTYPES: Final = ("float32", "float64", "bfloat16", "float16")  # in the order of sketch.cpp's Type
@@ -67,6 +67,43 @@ class Sums:
             rows, columns = codes
             self._places[id(codes)] = codes, (rows.ctypes.data, columns.ctypes.data, len(rows), len(columns))
         return self._places[id(codes)][1]
+
+
+class Sketcher:
+    """Sketches of NumPy's arrays, as `sketch` makes them; keeps the codes of shapes that come again."""
+
+    def __init__(self) -> None:
+        self._sums = Sums()
+        self._codes: dict[tuple[Any, ...], Codes] = {}
+
+    def __call__(self, arrays: Sequence[Array], axes: Sequence[Sequence[int] | None]) -> Array:
+        """float64, (arrays, WIDTH).
+
+        Args:
+            arrays: in a framework's layout.
+            axes: of each, for each axis here which axis of the neutral layout it is; None if it is the same.
+        """
+        laid_out = [reals(x) for x in arrays]
+        if not is_available(sum(x.size for x in laid_out)) or any(x.dtype.name not in DTYPES for x in laid_out):
+            each = [sketch(x, order) for x, order in zip(arrays, axes, strict=True)]
+            return np.stack(each) if each else np.zeros((0, WIDTH))
+        addresses, dtypes = [x.ctypes.data for x in laid_out], [x.dtype.name for x in laid_out]
+        found = [self._codes_of(x, order) for x, order in zip(arrays, axes, strict=True)]
+        sketches = self._sums(addresses, dtypes, found, _cores())
+        with np.errstate(invalid="ignore"):
+            sketches[:, 0] = np.sqrt(sketches[:, 0])
+        return sketches
+
+    def _codes_of(self, array: Array, axes: Sequence[int] | None) -> Codes:
+        key = array.shape, None if axes is None else tuple(axes), np.iscomplexobj(array)
+        if key not in self._codes:
+            self._codes[key] = codes(array.shape, axes, is_complex=key[2])
+        return self._codes[key]
+
+
+def _cores() -> int:
+    """That this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 @functools.cache
