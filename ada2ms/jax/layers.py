@@ -92,8 +92,11 @@ def _layers_of_nnx(model: Any, *, numbered: bool) -> list[Layer]:
     if not hasattr(model, "__dict__"):
         called = type(model).__name__
         raise TypeError(f"Invalid model: {called} (must be a flax.nnx or equinox module; parameters alone need none)")
-    # Of a shared parameter's paths, `nnx.state` has only the one that comes first alphabetically.
-    paths = {id(x): "/".join(map(str, path)) for path, x in nnx.iter_graph(model) if isinstance(x, nnx.Param)}
+    # Of a shared parameter's paths, `nnx.state` has only the one that comes first; flax 0.12.0 walks the others, too.
+    paths: dict[int, str] = {}
+    for path, x in nnx.iter_graph(model):
+        if isinstance(x, nnx.Param):
+            paths.setdefault(id(x), "/".join(map(str, path)))
     layers = []
     seen: set[int] = set()
     places = list(_places(_Place(model, "", "", _goes_backwards(None, "", model, nnx)), nnx, set()))
@@ -182,6 +185,8 @@ def _is_sorted(module: Any, nnx: Any) -> bool:
         return False
     every = {name: x for name, x in vars(module).items() if not name.startswith("_")}
     options = [name for name, x in every.items() if not isinstance(x, (nnx.Module, nnx.Variable))]
+    if len(options) < 2:  # as PReLU has in flax 0.12.0, after its parameter, as the alphabet has it
+        return False
     by_tree_map = options == sorted(options) and not isinstance(module, nnx.PReLU)  # whose options always are
     return by_tree_map or list(every) == sorted(every)
 

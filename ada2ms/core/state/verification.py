@@ -290,7 +290,7 @@ class _Comparison:
         bound = _OF_MOVE * eps * move + _OF_VALUE[slot] * self.steps * stored * scale + tiny
         error = np.abs(here - end)
         if slot == "param":
-            self.told = self.told or float(bound.max()) < move / 4
+            self.told = self.told or float(np.max(bound)) < move / 4
         worst = int(np.argmax(np.where(np.isnan(error), np.inf, error) / bound))
         if not error.ravel()[worst] <= bound.ravel()[worst]:
             share = f"{error.ravel()[worst] / move:.1e} of its move" if move else f"{error.ravel()[worst]:.1e}"
