@@ -35,7 +35,6 @@ from ada2ms.jax.order import comes_from_counts, counted_after, in_one_order
 from ada2ms.jax.sketches import sketches
 
 Hyper = Mapping[str, float | Callable[[int], Any]]
-_DONE = np.float32(0)
 _NAMES = {"learning_rate": "lr", "beta1": "b1", "beta2": "b2"}
 
 
@@ -189,8 +188,8 @@ class Recorder:
         rows: Any,
         hyper: Any,
         full: Any = None,
-    ) -> Any:
-        """Adds a step; called by the compiled program, which may wait for the number that it returns.
+    ) -> None:
+        """Adds a step; called by the compiled program.
 
         Args:
             missing: names of leaves without a gradient.
@@ -201,7 +200,7 @@ class Recorder:
             full: entries of the arrays.
         """
         if self._closed:
-            return _DONE
+            return
         self._begin(labels)
         count = self._writer.count
         step = Step(0, empty_sketches(len(self.parameters)), np.zeros(len(self.parameters), bool))
@@ -221,7 +220,6 @@ class Recorder:
         if self._writer.is_due:  # before, since the loss of this one may come after it
             self._writer.flush()
         self._writer.add(step)
-        return _DONE
 
     def _begin(self, labels: Mapping[str, str]) -> None:
         """Writes what the trace is of, in the first step: which leaves have hyperparameters of their own."""
@@ -322,17 +320,19 @@ class _Traced:
         missing = {p.own for p in recorder.parameters} - set(found["gradient"].arrays)
         take = partial(recorder.take, missing, labels, list(found))
         if not recorder.keeps_entries:
-            io_callback(take, _DONE, rows, hyper, ordered=True)
+            io_callback(take, None, rows, hyper, ordered=True)
             return [rows]
         # Those of what is computed in turn are taken in turn as well, for else all of it would have to be kept.
         taken = {"update": self._entries(found["update"].arrays)} if in_turn else {}
 
         def with_entries(_: Any) -> Any:
             full = {what: taken.get(what) or self._entries(each.arrays) for what, each in found.items()}
-            return io_callback(take, _DONE, rows, hyper, full, ordered=True)
+            io_callback(take, None, rows, hyper, full, ordered=True)
+            return rows[0, 0, 0]
 
         def without(_: Any) -> Any:
-            return io_callback(take, _DONE, rows, hyper, ordered=True)
+            io_callback(take, None, rows, hyper, ordered=True)
+            return jnp.zeros((), rows.dtype)  # what is known only when one of both has been run
 
         wanted = io_callback(recorder.wants_full, np.bool_(False), ordered=True)
         return [rows, jax.lax.cond(wanted, with_entries, without, 0)]
