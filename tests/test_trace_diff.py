@@ -19,6 +19,7 @@ from ada2ms.core.dialects import KNOWN, Dialect, replay
 from ada2ms.core.trace import Trace, diff, judge
 from ada2ms.core.trace.explain import explain
 from ada2ms.core.trace.pair import Pair, grain
+from ada2ms.core.trace.pair import _is_scaled as is_scaled
 
 LR, DECAY = trace_training.LR, trace_training.DECAY
 WITHIN = {"data": {"within": True}}
@@ -64,6 +65,48 @@ def test_precision_that_both_runs_have_is_seen_in_the_numbers() -> None:
     assert grain(1.5) == 2.0**-8
     assert grain(float(np.float32(0.1))) == 2.0**-24
     assert grain(0.1) == 2.0**-53
+
+
+def test_numbers_of_16_bits_are_seen_behind_one_factor_and_nowhere_else() -> None:
+    """As clipping leaves them; in no gradient of float32, nor where it is of whole numbers."""
+    import ml_dtypes
+
+    rng = np.random.default_rng(0)
+    for shape, factor in (((4, 8), 0.123), ((64, 33), 1e-5), ((3, 3, 2, 16), 7.7)):
+        x = rng.normal(size=shape) * np.exp(rng.normal(size=shape))
+        for dtype, digits in ((ml_dtypes.bfloat16, 8), (np.float16, 11)):
+            narrow = x.astype(dtype).astype(np.float32)
+            scaled = narrow * np.float32(factor)
+            assert is_scaled(scaled, digits)
+            assert is_scaled(narrow * np.float32(0.3) * np.float32(factor), digits), "two roundings"
+            scaled.flat[x.size // 2 - 1] *= np.float32(1.0003)
+            assert not is_scaled(scaled, digits), "but for one of them"
+            assert not is_scaled(np.concatenate([scaled, 1.01 * scaled]).astype(np.float32), digits)
+            assert not is_scaled((scaled * (1 + 1e-5 * rng.normal(size=shape))).astype(np.float32), digits)
+    for seed in range(200):
+        gradient = np.random.default_rng(seed).normal(size=(4, 4)).astype(np.float32)
+        assert not is_scaled(gradient, 8)
+        assert not is_scaled(gradient * np.float32(0.1), 11)
+    pixels = np.arange(1, 101, dtype=np.float32)
+    assert not is_scaled(np.outer(pixels, [0.3, 0.7]).astype(np.float32), 8), "of two outputs"
+    assert not is_scaled(pixels[:, None] * np.float32(0.3), 8), "of one output"
+    assert not is_scaled((rng.integers(0, 9, (20, 20)) * np.float32(0.3)).astype(np.float32), 8), "counts"
+
+
+def test_autocast_behind_clipping_is_seen_and_named() -> None:
+    clipped, cast = trace("torch", {"clip": 0.5}), trace("torch", {"clip": 0.5, "autocast": True})
+    assert Pair(cast, cast).yardstick.name == "bfloat16"
+    assert Pair(clipped, clipped).yardstick.name == Pair(clipped, cast).yardstick.name == "float32"
+    found = diff(clipped, cast)
+    assert (found.kind, found.stage) == ("precision", "forward"), found
+    assert found.cause.startswith("B computes in bfloat16")
+
+
+def test_features_in_another_order_are_the_first_thing_to_look_at() -> None:
+    """Where the forward pass parts; by themselves they may be another layout."""
+    found = diff(trace("torch", {}), trace("torch", {"data": {"features": -1}}))
+    assert (found.stage, found.kind) == ("forward", "everything"), found
+    assert found.look[0].startswith("the order of numbers within samples"), found
 
 
 def renamed(given: Trace, **names: str) -> Trace:

@@ -69,6 +69,7 @@ RIGHT: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "a frozen bias in both": ({"frozen": ("2.dense.bias",)}, {"frozen": ("2.dense.bias",), **WITHIN}),
     "a clamp in both": ({"clamp": 0.3}, {"clamp": 0.3, **WITHIN}),
     "clipped in both": ({"clip": 0.5}, {"clip": 0.5, **WITHIN}),
+    "clipped in both under autocast": ({"autocast": True, "clip": 0.5}, {"autocast": True, "clip": 0.5, **WITHIN}),
     "an AMSGrad in both": ({"optimizer": adamw(amsgrad=True)}, {"optimizer": adamw(amsgrad=True), **WITHIN}),
 }
 

@@ -58,6 +58,7 @@ def batches(
     labels_rolled: bool = False,
     within: bool = False,
     size: int = BATCH,
+    features: int = 1,
 ) -> list[tuple[np.ndarray, np.ndarray]]:
     """Inputs and labels of each step; the labels can be learned."""
     rng = np.random.default_rng(seed)
@@ -72,6 +73,7 @@ def batches(
         found = [found[k] for k in np.random.default_rng(shuffle).permutation(len(found))]
     if within:
         found = [(x[::-1].copy(), y[::-1].copy()) for x, y in found]
+    found = [(x[:, ::features].copy(), y) for x, y in found]
     return [(x[:size] * np.float32(scale), np.roll(y, 1)[:size] if labels_rolled else y[:size]) for x, y in found]
 
 

@@ -13,6 +13,7 @@ from ada2ms.core.trace.verdict import Verdict
 Print = Sequence[float]
 Likeness = Literal["equal", "coded", "rounded", "layout", "order", "scaled", "other"]
 _NARROW: Final = 2.0**-8  # of bfloat16
+LAYOUT: Final = "batches hold the same samples, each in another layout (such as channels last)"
 _CLOSE: Final = 1e-4  # fingerprints of float32 data, of whichever preprocessing
 
 
@@ -116,7 +117,7 @@ def _near(x: float, y: float, scale: float) -> bool:
 def _note(notes: list[str], kinds: Sequence[Likeness]) -> None:
     words = {
         "rounded": "batches are rounded to 16 bits in one run, or differ by as much",
-        "layout": "batches hold the same samples, each in another layout (such as channels last)",
+        "layout": LAYOUT,
         "order": "batches hold the same samples in another order",
     }
     for kind, sentence in words.items():

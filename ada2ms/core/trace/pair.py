@@ -13,6 +13,7 @@ from ada2ms.core.trace.verdict import some
 ROUNDINGS: Final = (
     4.0  # for one: of each term of a sum's root length, of each layer, and wherever their number is not known
 )
+_DIFFERENT: Final = 16  # entries by which numbers of 16 bits are told
 GROWTH: Final = 20.0  # by how much rounding may grow from one step to the next
 RESIDUE: Final = 1e-4  # of the largest gradient's norm, below which a gradient may be nothing but rounding
 REPEAT: Final = 10.0  # how many times a repeat's differences a port's may be
@@ -213,9 +214,9 @@ class Pair:
 def _arithmetic(trace: Trace, names: list[str]) -> tuple[str, list[str]]:
     """The 16-bit type of which all entries of some matrix's first gradient are, and of which; empty if there is none.
 
-    Products of matrices in 16 bits leave such gradients, whatever the parameters are kept in. So does a sum whose terms
-    cancel, such as the gradient of a key's bias in attention, of a few units of the last place: what is that small
-    beside the model's gradient says nothing.
+    Products of matrices in 16 bits leave such gradients, whatever the parameters are kept in, and clipping one factor
+    times them. So does a sum whose terms cancel, such as the gradient of a key's bias in attention, of a few units of
+    the last place: what is that small beside the model's gradient says nothing.
     """
     gradients = trace.steps[0].full.get("gradient", {}) if trace.steps else {}
     norms = {name: float(np.linalg.norm(gradients[name])) for name in names if name in gradients}
@@ -226,12 +227,30 @@ def _arithmetic(trace: Trace, names: list[str]) -> tuple[str, list[str]]:
         if x is None or x.ndim < 2 or x.size < 16 or x.dtype != np.float32 or np.count_nonzero(x) < 16:
             continue
         bits = np.ascontiguousarray(x).view(np.uint32)
-        if not np.any(bits & 0xFFFF):
+        if not np.any(bits & 0xFFFF) or _is_scaled(x, 8):
             found.setdefault("bfloat16", []).append(name)
-        elif not np.any(bits & 0x1FFF) and np.abs(x).max() < 65536:
+        elif (not np.any(bits & 0x1FFF) and np.abs(x).max() < 65536) or _is_scaled(x, 11):
             found.setdefault("float16", []).append(name)
     kind = max(found, key=lambda kind: len(found[kind]), default="")
     return kind, found.get(kind, [])
+
+
+def _is_scaled(x: Array, digits: int) -> bool:
+    """Whether all entries of a matrix are one factor times numbers of so many binary digits.
+
+    Then the largest entry is one of 2^(digits - 1) such numbers times the factor, and each of these is tried. By chance
+    another entry fits one of them, to two roundings of float32, in one of 1e4 cases. Few different entries may be
+    counts, and those of a vector whole numbers that were its input.
+    """
+    every = np.abs(x[x != 0]).astype(np.float64)
+    sizes = np.unique(every[:: max(len(every) // 512, 1)])
+    if len(sizes) < _DIFFERENT or sum(n > 1 for n in x.shape) < 2 or not np.isfinite(every).all():
+        return False
+    factors = np.frexp(sizes[-1])[0] / np.arange(2 ** (digits - 1), 2**digits)
+    for tried in (sizes[:: len(sizes) // _DIFFERENT], every):
+        mantissas = np.frexp(np.frexp(tried)[0] / factors[:, None])[0] * 2**digits
+        factors = factors[np.abs(mantissas - np.rint(mantissas)).max(1) <= 2.0 ** (digits - 21)]
+    return len(factors) > 0
 
 
 def grain(number: float | None) -> float:

@@ -296,6 +296,8 @@ def _finished(walk: _Walk, verdict: Verdict, problems: list[str], i: int) -> Ver
             verdict.agrees.append(f"in step {verdict.step}: {', '.join(name for name in names if name)}")
     if problems and verdict.outcome == "parted" and verdict.stage in ("forward", "gradient"):
         _name_the_rest(pair, verdict)
+    if verdict.kind in _FORWARD and data.LAYOUT in walk.notes:
+        verdict.look.insert(0, "the order of numbers within samples (features, axes), which is another in B")
     verdict.notes += walk.notes
     if problems:
         verdict.notes.append(f"not compared: {some(problems, 6, '; ')}")
