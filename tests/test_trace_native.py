@@ -40,14 +40,18 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
         return built(tmp_path_factory.mktemp("cache"), patch)
 
 
-@pytest.fixture(params=["all", *slow("least")])
-def sums(
-    request: pytest.FixtureRequest, made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> Callable[..., Any]:
+@pytest.fixture(scope="module")
+def made_for_the_least(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The library, compiled for the least of this processor's kind."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(native, "_instructions", list)
+        return built(tmp_path_factory.mktemp("cache"), patch)
+
+
+@pytest.fixture(params=["made", *slow("made_for_the_least")])
+def sums(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Any]:
     """Sums of arrays, by all that this processor has, or by the least that its kind has."""
-    if request.param == "least":
-        monkeypatch.setattr(native, "_instructions", list)
-        made = built(tmp_path, monkeypatch)
+    made = request.getfixturevalue(request.param)
     monkeypatch.setattr(native, "library", lambda: native._loaded(made))
 
     def of(arrays: Sequence[Any], given: Sequence[Any], threads: int = 1) -> Any:
