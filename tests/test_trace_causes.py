@@ -3,6 +3,7 @@
 import copy
 from collections.abc import Callable, Collection
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -13,8 +14,9 @@ from trace_faults import other, trace
 from trace_margins import untold
 
 from ada2ms.core.trace import Trace, Verdict, diff
-from ada2ms.core.trace.model import Step, fingerprint
+from ada2ms.core.trace.model import Step, fingerprint, flattened
 from ada2ms.core.trace.sketch import sketch
+from ada2ms.core.trace.writer import Writer
 
 LR, NAMES = trace_training.LR, trace_training.NAMES
 WITHIN = {"data": {"within": True}}  # other rounding
@@ -276,6 +278,12 @@ def test_data_that_are_scaled_repeated_or_told_too_late_are_named() -> None:
     last = [x.transpose(0, 2, 3, 1) / np.float32(255) for x in images]
     found = diff(told(a, images), told(a, last))
     assert "array 1 of the batch is multiplied by 0.00392157 in B" in found.cause, found
+    normal = [(x - np.float32(0.45)) / np.float32(0.22) for x in images]
+    for b in (normal, [x.transpose(0, 2, 3, 1) for x in normal]):
+        found = diff(
+            told(a, [np.tile(x, (4, 1, 1, 1)) for x in images]), told(a, [np.tile(x, (4, 1, 1, 1)) for x in b])
+        )
+        assert found.cause == "array 1 of the batch is 4.54545 times that of A - 2.04545 in B", found
     again = [*images[:4], *images[:4]]
     found = diff(told(a, images), told(a, again))
     assert (found.step, found.kind) == (5, "repeated"), found
@@ -299,14 +307,22 @@ def test_other_data_of_a_later_step_are_told_beside_what_is_first() -> None:
 
 def test_a_warmup_from_another_number_is_named() -> None:
     a, b = (trace("torch", {"schedule": "warmup", "steps": 8}) for _ in range(2))
-    rates = [0.1, 0.2, 0.3, 0.4, 0.5, 0.4, 0.3, 0.2], [0.0, 0.1, 0.2, 0.3, 0.4, 0.4, 0.3, 0.2]
-    traces = []
-    for x, lrs in zip((a, b), rates, strict=True):
-        steps = [replace(s, hyper=[{**s.hyper[0], "lr": lr}]) for s, lr in zip(x.steps, lrs, strict=True)]
-        traces.append(replace(x, steps=[replace(s, full={}) for s in steps]))
-    found = diff(*traces)
-    assert found.stage == "hyperparameters", found
-    assert "lr of A is 1 step ahead for" in found.cause
+    smooth = [0.9 ** (k * k / 9) for k in range(20)]
+    for rates, words in (
+        (
+            ([0.1, 0.2, 0.3, 0.4, 0.5, 0.4, 0.3, 0.2], [0.0, 0.1, 0.2, 0.3, 0.4, 0.4, 0.3, 0.2]),
+            "lr of A is 1 step ahead",
+        ),
+        ((smooth[:8], smooth[:16:2]), "lr of B moves 2 times where that of A moves once"),
+        ((smooth[:16:2], smooth[:8]), "lr of A moves 2 times where that of B moves once"),
+    ):
+        traces = []
+        for x, lrs in zip((a, b), rates, strict=True):
+            steps = [replace(s, hyper=[{**s.hyper[0], "lr": lr}]) for s, lr in zip(x.steps, lrs, strict=True)]
+            traces.append(replace(x, steps=[replace(s, full={}) for s in steps]))
+        found = diff(*traces)
+        assert found.stage == "hyperparameters", found
+        assert words in found.cause
 
 
 def noisy(a: Trace, size: float, names: Collection[str] = NAMES) -> Trace:
@@ -347,3 +363,21 @@ def test_where_there_are_no_steps_it_is_said_what_was_forgotten() -> None:
         found = diff(a, replace(a, steps=[], about={"framework": framework}))
         assert (found.status, found.cause) == (2, "there are no steps in B")
         assert words in found.look[-1]
+
+
+def test_batches_are_dictionaries_too_and_of_numbers() -> None:
+    x, y = np.ones((2, 3)), np.arange(2)
+    assert [*flattened([{"y": y, "x": x, "z": None}, (x, [y])])] == [x, y, x, y]
+    assert [*flattened([[1, 2], 3])] == [[1, 2], 3]
+    with pytest.raises(TypeError, match=r"Invalid batch: \['a', 'b'\].*arrays of numbers"):
+        fingerprint(["a", "b"])
+
+
+def test_a_trace_has_one_recorder(tmp_path: Path) -> None:
+    writer = Writer(tmp_path / "x.trace")
+    with pytest.raises(FileExistsError, match="is being written by another recorder"):
+        Writer(tmp_path / "x.trace")
+    writer.close()
+    Writer(tmp_path / "x.trace").close()
+    with pytest.raises(FileNotFoundError, match="There is no folder"):
+        Writer(tmp_path / "none" / "x.trace")

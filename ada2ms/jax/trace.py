@@ -27,7 +27,7 @@ from jax.experimental import io_callback
 
 from ada2ms.core.state import Axes, Extras, Names
 from ada2ms.core.trace import Parameter, Step, TraceError, Writer
-from ada2ms.core.trace.model import Observed, empty_sketches, moving, observed, positions, resolve
+from ada2ms.core.trace.model import Observed, empty_sketches, flattened, moving, observed, positions, resolve
 from ada2ms.core.trace.writer import DEFAULT_ENTRIES, DEFAULT_FLUSH, DEFAULT_FULL
 from ada2ms.jax.injected import injected
 from ada2ms.jax.names import by_path
@@ -135,7 +135,7 @@ class Recorder:
 
     def _take_batch(self, arrays: Sequence[Any]) -> None:
         if not self._closed:
-            self._writer.batch([np.asarray(x) for x in arrays])
+            self._writer.batch([np.asarray(x) for x in flattened(arrays)])
 
     def _take_loss(self, loss: Any) -> None:
         if not self._closed:

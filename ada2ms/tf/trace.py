@@ -21,7 +21,7 @@ from keras import ops
 from ada2ms.core.hyperparameters import value_at
 from ada2ms.core.state import Axes, Extras, Names
 from ada2ms.core.trace import Step, TraceError, Writer
-from ada2ms.core.trace.model import Observed, empty_sketches, moving, observed, resolve, sample
+from ada2ms.core.trace.model import Observed, empty_sketches, flattened, moving, observed, resolve, sample
 from ada2ms.core.trace.native import Sketcher
 from ada2ms.core.trace.writer import DEFAULT_ENTRIES, DEFAULT_FLUSH, DEFAULT_FULL
 from ada2ms.tf.groups import Hyper
@@ -108,7 +108,7 @@ class Recorder(keras.callbacks.Callback):  # type: ignore[misc]
 
     def batch(self, *arrays: Any) -> None:
         """Notes the arrays of a batch, of the step that comes."""
-        self._writer.batch([_numpy(x) for x in arrays])
+        self._writer.batch([_numpy(x) for x in flattened(arrays)])
 
     def loss(self, loss: Any) -> None:
         """Notes the loss of the step that comes; or, if a step has had no loss, of the last one."""

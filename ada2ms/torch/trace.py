@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from ada2ms.core.hyperparameters import value_at
 from ada2ms.core.state import Axes, Extras, Names
 from ada2ms.core.trace import Parameter, Step, TraceError, Writer
-from ada2ms.core.trace.model import STATISTICS, TENSORS, empty_sketches, resolve, sample
+from ada2ms.core.trace.model import STATISTICS, TENSORS, empty_sketches, flattened, resolve, sample
 from ada2ms.core.trace.parts import Part
 from ada2ms.core.trace.writer import DEFAULT_ENTRIES, DEFAULT_FLUSH, DEFAULT_FULL
 from ada2ms.torch.buffers import Buffers
@@ -109,7 +109,7 @@ class Recorder:
 
     def batch(self, *arrays: Any) -> None:
         """Notes the arrays of a batch (tensors or anything that NumPy takes), of the step that comes."""
-        self._writer.batch([_numpy(x) for x in arrays])
+        self._writer.batch([_numpy(x) for x in flattened(arrays)])
 
     def loss(self, loss: Any) -> None:
         """Notes the loss of a batch, of the step that comes; with several batches in a step their mean is kept."""

@@ -14,6 +14,7 @@ Print = Sequence[float]
 Likeness = Literal["equal", "coded", "rounded", "layout", "order", "scaled", "other"]
 _NARROW: Final = 2.0**-8  # of bfloat16
 LAYOUT: Final = "batches hold the same samples, each in another layout (such as channels last)"
+_SOLVED: Final = 4 * SUMS  # numbers of which as many sums tell two unknown ones
 _CLOSE: Final = 1e-4  # fingerprints of float32 data, of whichever preprocessing
 
 
@@ -100,6 +101,24 @@ def _apart(x: Print, y: Print) -> float:
     return math.sqrt(sum((x[k] - y[k]) ** 2 for k in range(5 + 2 * SUMS, 5 + 3 * SUMS)) / SUMS)
 
 
+def _affine(x: Print, y: Print) -> tuple[float, float] | None:
+    """The factor and the number that make one array of the other, also sample by sample; None if none do."""
+    if x[0] != y[0] or x[1] != y[1] or any(map(math.isnan, (x[4], y[4]))):
+        return None
+    size, samples = int(x[0]), int(x[1])
+    for first, count, each in ((5 + 2 * SUMS, size, 1.0), (4, samples, size / max(samples, 1))):
+        if count < _SOLVED:
+            continue
+        ones = each * sketch(np.ones(count))[1:]
+        known, wanted = (np.array(print_[first : first + SUMS]) for print_ in (x, y))
+        (slope, shift), *_ = np.linalg.lstsq(np.stack([known, ones], 1), wanted, rcond=None)
+        left = float(np.linalg.norm(wanted - slope * known - shift * ones))
+        scale = math.sqrt(max(y[3], 1e-30) * SUMS * each)
+        if left <= _CLOSE * scale and slope and abs(shift) > _CLOSE:
+            return float(slope), float(shift)
+    return None
+
+
 def _is_one_hot(x: Print) -> bool:
     """Whether each sample has one entry of 1 and else zeros: its sum and its sum of squares are 1."""
     ones = [*sketch(np.ones(int(x[1])))[1:]]
@@ -153,6 +172,12 @@ def _elsewhere(
         ratio = math.sqrt(b[k][3] / a[k][3])
         cause = f"array {k + 1} of the batch is multiplied by {ratio:.6g} in B"
         return _verdict(i, "scaled", cause, ["how inputs are normalised (such as by 255)"])
+    for k, kind in enumerate(kinds):
+        if kind == "other" and (line := _affine(a[k], b[k])):
+            slope, shift = line
+            sum_ = f"{slope:.6g} times that of A {'+' if shift > 0 else '-'} {abs(shift):.6g}"
+            cause = f"array {k + 1} of the batch is {sum_} in B"
+            return _verdict(i, "scaled", cause, ["how inputs are normalised: mean, deviation and range"])
     if a[0][1] != b[0][1]:
         cause = f"batches have {a[0][1]:g} samples in A and {b[0][1]:g} in B"
         return _verdict(i, "batch size", cause, ["the batch size, and whether a last short batch is dropped"])

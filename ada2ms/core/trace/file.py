@@ -12,6 +12,7 @@ leave out. Whatever else is not as it was written is damage, and an error. Integ
 import hashlib
 import json
 import struct
+import weakref
 import zlib
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -28,6 +29,9 @@ _TYPES: Final = {"F64": "<f8", "F32": "<f4", "F16": "<f2", "I64": "<i8", "U8": "
 _TYPES_OF: Final = {np.dtype(code): name for name, code in _TYPES.items()}
 
 
+_OPEN: "weakref.WeakSet[Appender]" = weakref.WeakSet()  # of this process; one that is forgotten is none
+
+
 class TraceError(ValueError):
     """A file that is no trace, or a damaged one; or a trace that is not what is asked for."""
 
@@ -36,15 +40,24 @@ class Appender:
     """Writes a file chunk by chunk; each reaches the operating system before `append` returns.
 
     Raises:
-        FileExistsError: there is another kind of file in the place.
+        FileExistsError: there is another kind of file in the place, or a trace that is being written in this process.
+        FileNotFoundError: there is no such folder.
     """
 
     def __init__(self, path: Path) -> None:
+        if not path.parent.is_dir():
+            raise FileNotFoundError(f"There is no folder {str(path.parent)!r} (make it first)")
+        if any(each.path == path.absolute() for each in _OPEN):
+            raise FileExistsError(
+                f"{str(path)!r} is being written by another recorder (close it, or choose another path)"
+            )
         if path.exists() and not _is_trace(path):
             raise FileExistsError(f"There is a file {str(path)!r} that is no trace (choose another path, or remove it)")
         self._file: IO[bytes] = path.open("wb", buffering=0)
         self._file.write(_MAGIC + b"%d\n" % VERSION)
         self._number = 0
+        self.path: Path = path.absolute()
+        _OPEN.add(self)
 
     def append(self, content: Mapping[str, Any], tensors: Mapping[str, Array]) -> None:
         """Adds a chunk: any JSON, and tensors by name."""
@@ -58,6 +71,7 @@ class Appender:
 
     def close(self) -> None:
         self._file.close()
+        _OPEN.discard(self)
 
 
 def read(path: Path) -> Iterator[tuple[dict[str, Any], dict[str, Array]] | int]:

@@ -2,7 +2,7 @@
 
 import json
 import math
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, Final
@@ -270,6 +270,17 @@ def sample(array: Any, parameter: Parameter, limit: int) -> Array:
     return x if x.size <= limit else x.reshape(-1)[positions(x.size, limit)]
 
 
+def flattened(arrays: Iterable[Any]) -> Iterator[Any]:
+    """The arrays of a batch: of dictionaries by the order of their keys, and of tuples and lists of arrays."""
+    for x in arrays:
+        if isinstance(x, Mapping):
+            yield from flattened(x[key] for key in sorted(x, key=str))
+        elif isinstance(x, (tuple, list)) and any(hasattr(y, "shape") or isinstance(y, Mapping) for y in x):
+            yield from flattened(x)
+        elif x is not None:
+            yield x
+
+
 FINGERPRINT: Final = 4 + 2 * SUMS + WIDTH  # numbers of a fingerprint
 
 
@@ -280,7 +291,10 @@ def fingerprint(array: Any) -> list[float]:
     So it shows whether batches are equal, are equal but for the order of axes within a sample, or hold the same numbers
     in another order.
     """
-    x = reals(np.asarray(array))
+    x = np.asarray(array)
+    if x.dtype.kind in "OSU":
+        raise TypeError(f"Invalid batch: {array!r:.80} (must be arrays of numbers, or dictionaries or lists of them)")
+    x = reals(x)
     x = x.astype(np.result_type(x, np.float32), copy=False)
     n = x.shape[0] if x.ndim else 1
     rows = x.reshape(n, math.prod(x.shape[1:]))

@@ -15,6 +15,7 @@ Course = NDArray[np.float64]  # of a hyperparameter, at every step
 # By name, value in A, value in B, and the groups in A and B: the parameters of which it is so.
 Differing = dict[tuple[str, float, float, tuple[int, int]], list[str]]
 
+_OFTEN = 4  # times that a schedule may move in a step of another
 _WARMUP = 3  # steps of a rise by which a warmup is known
 _MOST = 4  # sentences on one hyperparameter
 # Of the largest in a run: 16 roundings of float32, in which frameworks compute schedules; the last steps of a cosine
@@ -132,6 +133,17 @@ def _course(pair: Pair, name: str, groups: tuple[int, int]) -> tuple[str, str]:
     return name, ""
 
 
+def _takes(
+    slow: Course,
+    fast: Course,
+    every: int,
+) -> bool:
+    """Whether one moves smoothly, and the other is where that one is so many times later."""
+    ahead = slow[::every]
+    many = len(ahead) >= _OFTEN and len(np.unique(slow)) > len(slow) // 2
+    return bool(many and np.ptp(ahead) > 0 and _close(ahead, fast[: len(ahead)]))
+
+
 def _unit(x: Course, y: Course) -> str:
     """Whether one run's values are the other's, each for several steps; empty if not."""
     for fast, slow, who in ((x, y, "AB"), (y, x, "BA")):
@@ -142,6 +154,9 @@ def _unit(x: Course, y: Course) -> str:
             places = np.arange(len(slow)) // every
             if np.ptp(fast) == 0 or np.ptp(fast[: places[-1] + 1]) == 0 or not places[-1]:
                 break
+            if every <= _OFTEN and _takes(slow, fast, every):
+                words = f" of {who[0]} moves {every} times where that of {who[1]} moves once"
+                return "{name}" + words + " (stepped twice in a step, or half as many steps in all?)"
             if _close(fast[places], slow):
                 words = f" of {who[1]} takes {every} steps for what it does in one of {who[0]}"
                 return "{name}" + words + " (per epoch and per step?)"

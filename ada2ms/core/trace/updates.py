@@ -22,6 +22,9 @@ _LOOK = ["the arguments of the optimizers", "docs of the optimizers: in what the
 _MASKS = "masks and groups: which parameters decay, or have a learning rate of their own"
 
 
+_KERAS = (
+    "Keras' own optimizers have no other place for epsilon; ada2ms.tf.Ada2MS at adaptivity 1 is AdamW as torch has it"
+)
 _ALIKE = 1e-4  # relatively, learning rates that are told as one
 _MOST = 3  # learning rates that are told one by one
 
@@ -201,7 +204,9 @@ class Updates:
         one, two = (voice.fit.dialect for voice in odd[0])
         kinds = [name for name in vars(one) if getattr(one, name) != getattr(two, name)]
         kind = "some updates" if some_of else kinds[0] if kinds else "changed"
-        look = [*[_MASKS] * some_of, *_LOOK]
+        frameworks = {trace.about.get("framework") for trace in (self.pair.a, self.pair.b)}
+        keras = "keras" in frameworks and len(frameworks) > 1 and "eps" in kinds
+        look = [*[_MASKS] * some_of, *_LOOK, *[_KERAS] * keras]
         return Verdict("parted", cause, "update", 1, kind, evidence, look=look, parameters=names)
 
     def _apart(self, i: int, allowed: float) -> Verdict | None:
