@@ -381,3 +381,19 @@ def test_a_trace_has_one_recorder(tmp_path: Path) -> None:
     Writer(tmp_path / "x.trace").close()
     with pytest.raises(FileNotFoundError, match="There is no folder"):
         Writer(tmp_path / "none" / "x.trace")
+
+
+def test_arrays_that_one_run_alone_was_told_are_no_other_data() -> None:
+    """Such as labels alone, by a `train_step` of Keras that gives no inputs to `compute_loss`; weights are."""
+    a = trace("torch", {})
+    x, y, weights = a.steps[0].batches[0][0], a.steps[0].batches[0][1], fingerprint(np.ones(8, np.float32))
+
+    def of(*each: list[float]) -> Trace:
+        return replace(a, steps=[replace(a.steps[0], batches=[[*each]])])
+
+    for one, two in ((of(x, y), of(y)), (of(x), of(x, y))):
+        found = diff(one, two)
+        assert found.outcome == "only rounding", found
+        assert any("those of both are the same" in note for note in found.notes)
+    for two in (of(x, y, weights), of(weights)):
+        assert diff(of(x, y), two).kind == "arrays", diff(of(x, y), two)
