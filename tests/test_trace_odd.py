@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -11,6 +12,7 @@ from torch.nn import functional
 from trace_faults import other, trace
 
 from ada2ms.core.trace import Trace, diff, judge
+from ada2ms.torch import Recorder
 
 WITHIN = {"data": {"within": True}}
 
@@ -146,3 +148,21 @@ def test_the_end_of_a_schedule_in_float32_is_the_same_schedule() -> None:
     assert diff(a, b).outcome == "only rounding", diff(a, b)
     b.steps = [replace(s, hyper=[{**s.hyper[0], "lr": s.hyper[0]["lr"] + 1e-6}]) for s in b.steps]
     assert diff(a, b).stage == "hyperparameters", diff(a, b)
+
+
+def test_the_gradients_of_one_number_always_have_one_factor(tmp_path: Path) -> None:
+    """So it does not follow that losses are reduced in another way."""
+    traces = []
+    for name, activation in (("a", torch.tanh), ("b", torch.sigmoid)):
+        w = torch.nn.Parameter(torch.tensor(0.5))
+        optimizer = torch.optim.SGD([w], lr=0.1)
+        with Recorder(tmp_path / name, {"w": w}, optimizer) as recorder:
+            x = torch.linspace(-1, 2, 8)
+            loss = (activation(w * x) - x.square()).square().mean()
+            recorder.loss(loss)
+            loss.backward()
+            optimizer.step()
+        traces.append(Trace.load(tmp_path / name))
+    found = diff(*traces)
+    assert (found.stage, found.kind) == ("forward", "factors"), found
+    assert "reduction" not in found.cause

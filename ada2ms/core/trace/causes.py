@@ -189,7 +189,10 @@ def _scaled(pair: Pair, i: int, c: float, left: float, near: float, loss_differs
     if loss_differs and ratio is not None:
         hidden = " and ".join(f"{'AB'[k]}'s are clipped to the norm {norms[k]:.4g}" for k in (0, 1) if clips[k])
         cause = f"the loss of B is {ratio:.6g} times that of A, gradients are {c:.6g} times those of A"
-        cause += f", where {hidden}" * bool(hidden) + (_factors(ratio, x, y) or ": another reduction")
+        cause += f", where {hidden}" * bool(hidden) + (names := _factors(ratio, x, y))
+        if not hidden and not names:  # as if by chance: the gradients of a single number always have one factor
+            return Verdict("parted", cause, "forward", i + 1, "factors", evidence, look=[_REDUCTION])
+        cause += ": another reduction" * (not names)
         return Verdict("parted", cause, "forward", i + 1, "reduction", evidence, look=[_REDUCTION])
     if all(clips) and relative(*norms) < _ALIKE:
         cause = f"the other gradients of B are {c:.6g} times those of A: both clip to the norm {norms[0]:.4g} of all"
