@@ -120,8 +120,13 @@ def test_a_loss_that_differs_is_not_said_to_agree() -> None:
 
 
 def test_another_type_of_parameters_is_said() -> None:
-    found = diff(trace("torch", {}), trace("torch", {**WITHIN, "dtype": "bfloat16"}))
-    assert any("parameters are float32 in A and bfloat16 in B" in note for note in found.notes), found
+    """As the verdict; or, where it is said that 16 bits are meant, as a note on what is compared."""
+    runs = trace("torch", {}), trace("torch", {"dtype": "bfloat16"})
+    found, meant = diff(*runs), diff(*runs, arithmetic="bfloat16")
+    assert (found.outcome, found.kind, found.step) == ("parted", "types", 1), found
+    assert "are float32 in A and bfloat16 in B" in found.cause
+    assert not any("parameters are" in note for note in found.notes), found
+    assert any("parameters are float32 in A and bfloat16 in B" in note for note in meant.notes), meant
     same = diff(trace("torch", {"dtype": "bfloat16"}), trace("torch", {**WITHIN, "dtype": "bfloat16"}))
     assert not any("parameters are" in note for note in same.notes), same
 
