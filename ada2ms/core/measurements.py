@@ -54,11 +54,12 @@ def matching(names: Iterable[str], match: str, argument: str = "match") -> list[
     message = f"Invalid {argument}: {match!r} ({allowed}"
     if not isinstance(match, str):
         raise TypeError(f"{message})")
-    names = list(names)
     try:
-        found = [name for name in names if re.search(match, name)]
+        pattern = re.compile(match)
     except re.error as error:
         raise ValueError(f"{message}; here: {error})") from None
+    names = list(names)
+    found = [name for name in names if pattern.search(name)]
     if names and not found:
         raise ValueError(f"{message}, of {', '.join(map(repr, names[:8]))}{' ...' if len(names) > 8 else ''})")
     return found
