@@ -307,6 +307,7 @@ def test_a_killed_comparison_goes_on_where_it_was(tmp_path: Path) -> None:
     assert len(keys) == len(set(keys)) == SMOKE.total()
 
 
+@pytest.mark.slow
 def test_finished_runs_are_not_repeated_and_the_report_is_written(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

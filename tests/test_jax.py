@@ -84,7 +84,7 @@ def test_alias_is_a_chain_of_its_parts() -> None:
     assert_close(train(alias, tree(0), gradients)[0], train(chain, tree(0), gradients)[0], 4 * EPSILON, 4 * EPSILON)
 
 
-@pytest.mark.parametrize("options", [{}, {"scope": "tensor", "max_norm": 1.0, "nonfinite": "skip"}])
+@pytest.mark.parametrize("options", [{}, *slow({"scope": "tensor", "max_norm": 1.0, "nonfinite": "skip"})])
 @pytest.mark.parametrize("disabled", [False, True])
 def test_eager_is_jitted(options: dict[str, Any], disabled: bool) -> None:
     """Up to fused multiplications and additions: a rounding each. As well where `jax.disable_jit` lets nothing jit."""

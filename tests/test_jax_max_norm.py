@@ -163,6 +163,7 @@ def test_a_traced_max_norm() -> None:
     assert float(state.hyperparams["max_norm"]) == pytest.approx(0.5)
 
 
+@pytest.mark.slow
 def test_scan_vmap_and_multi_steps() -> None:
     optimizer = ada2ms(0.1, adaptivity=0.3, max_norm=SOME)
     stacked = jax.tree.map(lambda *x: jnp.stack(x), *GRADIENTS)

@@ -18,6 +18,7 @@ from ada2ms.core.trace.model import Parameter, fingerprint, positions
 from ada2ms.core.trace.sketch import resolution, sketch
 from ada2ms.jax import Recorder, ada2ms, recorded
 from ada2ms.jax.sketches import sketch as sketch_of
+from support import slow
 
 STEPS = 5
 
@@ -252,7 +253,7 @@ def test_what_does_not_fit_is_refused_and_what_is_closed_is_silent(tmp_path: Pat
     assert len(Trace.load(tmp_path / "run").steps) == 1
 
 
-@pytest.mark.parametrize("full", [0, 1])
+@pytest.mark.parametrize("full", [*slow(0), 1])
 def test_that_vmap_cannot_be_recorded_is_said(full: int, tmp_path: Path) -> None:
     params = {"a": jnp.ones((2, 3))}
     with Recorder(tmp_path / "run", {"a": params["a"][0]}, full=full) as recorder:
@@ -313,7 +314,7 @@ def test_statistics_are_those_that_were_told_of_each_step(tmp_path: Path) -> Non
     assert Trace.load(path).statistics is None
 
 
-@pytest.mark.parametrize("late", [False, True], ids=["loss before the step", "loss after it"])
+@pytest.mark.parametrize("late", [*slow(False), True])
 def test_batches_and_losses_are_told_within_a_scan(tmp_path: Path, late: bool) -> None:
     """They are of their own step, as they are where each step is called by itself."""
     xs = batches()

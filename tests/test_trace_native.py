@@ -192,6 +192,7 @@ def test_it_is_compiled_once_for_all_processes(made: Path, cache: Path, compile_
     assert [path.suffix for path in cache.iterdir()] == [".so"]
 
 
+@pytest.mark.slow
 def test_several_processes_at_once_have_it_all(made: Path, cache: Path, compile_by: Callable[[str], Path]) -> None:
     """Also if one of them is killed while it compiles."""
     calls = compile_by(f'sleep 1; cp "{made}" "$to"')

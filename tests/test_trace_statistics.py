@@ -13,6 +13,7 @@ from trace_faults import trace
 from ada2ms.cli import main
 from ada2ms.core.trace import Trace, diff
 from ada2ms.core.trace.model import STATISTICS
+from support import slow
 
 TORCH: dict[str, Any] = {"batch_norm": {}}
 WITHIN = {"data": {"within": True}}
@@ -63,7 +64,7 @@ def test_momentum_is_named_from_the_second_step_on(steps: int, words: str) -> No
     assert words in found.cause
 
 
-@pytest.mark.parametrize("keeps", [0.5, 0.99, 0.999])
+@pytest.mark.parametrize("keeps", [0.99, *slow(0.5, 0.999)])
 def test_each_runs_momentum_is_that_which_it_has(keeps: float) -> None:
     """Also between frameworks, whose variances differ by a factor besides."""
     found = diff(trace("jax", {"keeps": keeps}), trace("torch", TORCH))

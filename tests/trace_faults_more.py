@@ -298,7 +298,7 @@ def _of_statistics(fault: Any, adamw: Any, other: Any, lazy: Any) -> list[Any]:
     mistaken = batch_norm(momentum=0.9)
     return [
         fault("BatchNorm's momentum the wrong way round", "statistics", "momentum", mistaken, base=base, quick=True),
-        fault("torch's momentum in flax", "statistics", "momentum", {"keeps": 0.1}, **jax, quick=True),
+        fault("torch's momentum in flax", "statistics", "momentum", {"keeps": 0.1}, **jax),
         fault("new running statistics that are dropped", "statistics", "frozen", {"keeps": 1.0}, **jax),
         fault("frozen running statistics", "statistics", "frozen", batch_norm(momentum=0.0), base=base),
         fault("no running statistics", "statistics", "missing", batch_norm(track_running_stats=False), base=base),
