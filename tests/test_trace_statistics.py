@@ -11,6 +11,7 @@ import pytest
 from trace_faults import trace
 
 from ada2ms.cli import main
+from ada2ms.cli.picture import draw
 from ada2ms.core.trace import Trace, diff
 from ada2ms.core.trace.model import STATISTICS
 from support import slow
@@ -199,3 +200,20 @@ def test_a_trace_shows_its_statistics(tmp_path: Path, capsys: pytest.CaptureFixt
     said = json.loads(capsys.readouterr().out)
     assert list(said["statistics"]) == ["1.norm.mean", "1.norm.var"]
     assert all(row["statistics"] > 0 for row in said["rows"])
+
+
+def test_statistics_have_a_panel_of_their_own_in_the_picture(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Marked where they part; without statistics there is none."""
+    plt = pytest.importorskip("matplotlib.pyplot")
+    drawn: list[Any] = []
+    monkeypatch.setattr(plt, "close", drawn.append)
+    a = trace("torch", TORCH)
+    for b, panels in (
+        (trace("torch", {"batch_norm": {"momentum": 0.9}}), {"value": 0, "gradient": 0, "update": 0, "statistics": 2}),
+        (trace("torch", {"batch_norm": {"track_running_stats": False}}), {"value": 0, "gradient": 0, "update": 0}),
+    ):
+        found = diff(a, b)
+        assert found.stage == "statistics", found
+        draw(a, b, found, tmp_path / "picture.png")
+        marked = {x.get_title("left"): sum(len(y.get_offsets()) for y in x.collections) for x in drawn[-1].axes}
+        assert {title: count for title, count in marked.items() if title} == panels

@@ -58,13 +58,14 @@ class Statistics:
 
     Attributes:
         pair: the statistics as if they were values of parameters.
+        numbers: of the steps that `pair` has; 0 is before the first.
         notes: what differs and does not matter, or could not be compared.
     """
 
     def __init__(self, a: Trace, b: Trace) -> None:
         self.traces, self.notes = (a, b), []  # type: tuple[Trace, Trace], list[str]
         numbers = [i + 1 for i, each in enumerate(zip(a.steps, b.steps, strict=False)) if all(map(_is_told, each))]
-        self._numbers, self._passed = [0, *numbers], np.diff([-1, 0, *numbers])  # steps until each from the one before
+        self.numbers, self._passed = [0, *numbers], np.diff([-1, 0, *numbers])  # steps until each from the one before
         self.pair = pair = Pair(_as_values(a, numbers), _as_values(b, numbers))
         steps = range(len(pair.steps))
         self._rows = np.array([pair.sketches("value", t) for t in steps])  # by step, run and statistic
@@ -94,7 +95,7 @@ class Statistics:
             moving = any(trace.statistics for trace in self.traces)
             self.notes += [f"running statistics were recorded in {known[0]} alone: not compared"] if moving else []
             return None
-        if self._numbers == [0] and self.pair.names and any(map(_moving, self.traces)):
+        if self.numbers == [0] and self.pair.names and any(map(_moving, self.traces)):
             self.notes.append("running statistics were told in no step of both: not compared")
         return self._start() or self._missing() or self._moved(allowed, until)
 
@@ -118,8 +119,8 @@ class Statistics:
         return None
 
     def _moved(self, allowed: Callable[[int], float], until: int) -> Verdict | None:
-        until = sum(number <= until for number in self._numbers) - 1
-        rounding = [allowed(number - 1) for number in self._numbers[1 : until + 1]]
+        until = sum(number <= until for number in self.numbers) - 1
+        rounding = [allowed(number - 1) for number in self.numbers[1 : until + 1]]
         bounds = np.array(rounding)[:, None] * self._scale[1 : until + 1]
         bad = (self._apart[1 : until + 1] > bounds) | ~np.isfinite(self._apart[1 : until + 1])
         for k in map(int, np.flatnonzero(bad.any(0))):
@@ -133,7 +134,7 @@ class Statistics:
             kinds.append(kind)
             causes.setdefault(cause, []).append(self.pair.names[k])
         said = {cause.format(some(names)): names for cause, names in causes.items()}
-        found = _parted(min(kinds, key=list(_LOOK).index), self._numbers[t], said)
+        found = _parted(min(kinds, key=list(_LOOK).index), self.numbers[t], said)
         with np.errstate(invalid="ignore", divide="ignore"):
             shares = np.where(bad[t - 1], self._apart[t] / self._scale[t], 0.0)
         worst, share = int(np.argmax(shares)), float(np.max(shares))
@@ -142,9 +143,9 @@ class Statistics:
 
     def still(self, number: int) -> Verdict | None:
         """What moves in a step in one run alone, whether or not the forward passes are alike."""
-        if number not in self._numbers or not self.pair.steps:
+        if number not in self.numbers or not self.pair.steps:
             return None
-        found, t = {}, self._numbers.index(number)  # type: dict[str, list[str]], int
+        found, t = {}, self.numbers.index(number)  # type: dict[str, list[str]], int
         for who, pattern in (("A", [True, False]), ("B", [False, True])):
             names = [name for k, name in enumerate(self.pair.names) if self._stays(k, t) == pattern]
             found |= {f"{some(names)} do not move in {who}": names} if names else {}
