@@ -12,7 +12,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import torch
-from torch.library import define
+from torch import library
 
 
 def declare_operators() -> None:
@@ -23,7 +23,7 @@ def declare_operators() -> None:
     if torch.version.cuda is None and "+cu" in (folder / "version.py").read_text():
         given = re.findall(r'register_fake\("(torchvision::\w+)"\)', (folder / "_meta_registrations.py").read_text())
         for name in given:
-            define(name, "(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+            library.define(name, "(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
 
 
 if __name__ == "__main__":

@@ -71,7 +71,7 @@ def library(tmp_path_factory: pytest.TempPathFactory) -> Any:
     """The sums in C++, compiled into a cache of their own."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
-        found = native.library.__wrapped__()
+        found = native.compiled.__wrapped__()
     if found is None:
         pytest.skip("there is no compiler of C++")
     return found
@@ -87,7 +87,7 @@ def compiled(library: Any, monkeypatch: pytest.MonkeyPatch) -> list[int]:
         calls.append(len(addresses))
         return whole(self, addresses, *rest)
 
-    monkeypatch.setattr(native, "library", lambda: library)
+    monkeypatch.setattr(native, "compiled", lambda: library)
     monkeypatch.setattr(native, "ENTRIES", 0)
     monkeypatch.setattr(native.Sums, "__call__", noted)
     return calls

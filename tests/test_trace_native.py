@@ -27,8 +27,8 @@ def built(folder: Path, patch: pytest.MonkeyPatch) -> Path:
     if native._compiler() is None:
         pytest.skip("there is no compiler of C++")
     patch.setenv("XDG_CACHE_HOME", str(folder))
-    patch.setattr(native, "library", functools.cache(native.library.__wrapped__))
-    assert native.library() is not None
+    patch.setattr(native, "compiled", functools.cache(native.compiled.__wrapped__))
+    assert native.compiled() is not None
     (path,) = (folder / "ada2ms").iterdir()
     return path
 
@@ -52,7 +52,7 @@ def made_for_the_least(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def sums(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Any]:
     """Sums of arrays, by all that this processor has, or by the least that its kind has."""
     made = request.getfixturevalue(request.param)
-    monkeypatch.setattr(native, "library", lambda: native._loaded(made))
+    monkeypatch.setattr(native, "compiled", lambda: native._loaded(made))
 
     def of(arrays: Sequence[Any], given: Sequence[Any], threads: int = 1) -> Any:
         addresses, names = [x.ctypes.data for x in arrays], [x.dtype.name for x in arrays]
@@ -153,7 +153,7 @@ def test_sketches_of_arrays_are_those_of_numpy(
 def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """The folder of libraries, which is empty; nothing is remembered of those before."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    monkeypatch.setattr(native, "library", functools.cache(native.library.__wrapped__))
+    monkeypatch.setattr(native, "compiled", functools.cache(native.compiled.__wrapped__))
     return tmp_path / "cache" / "ada2ms"
 
 
@@ -179,14 +179,14 @@ def count(calls: Path) -> int:
 def works() -> bool:
     """Whether a library was had, and sums."""
     x = np.ones((3, 3), np.float32)
-    library = native.library()
-    return library is not None and native.Sums()([x.ctypes.data], ["float32"], [codes(x.shape)], 1)[0, 0] == 9
+    found = native.compiled()
+    return found is not None and native.Sums()([x.ctypes.data], ["float32"], [codes(x.shape)], 1)[0, 0] == 9
 
 
 def test_it_is_compiled_once_for_all_processes(made: Path, cache: Path, compile_by: Callable[[str], Path]) -> None:
     calls = compile_by(f'cp "{made}" "$to"')
     assert works()
-    native.library.cache_clear()
+    native.compiled.cache_clear()
     assert works()
     assert count(calls) == 1
     assert [path.suffix for path in cache.iterdir()] == [".so"]
@@ -219,7 +219,7 @@ def test_a_damaged_library_is_made_again(
     whole = kept.read_bytes()
     kept.unlink()  # and not written over, for this process has it in its memory
     kept.write_bytes(whole[: len(whole) // 2] if damage is None else damage)
-    native.library.cache_clear()
+    native.compiled.cache_clear()
     assert works()
     assert count(calls) == 2
     assert kept.read_bytes() == whole
@@ -262,7 +262,7 @@ def test_without_a_compiler_there_is_none(cache: Path, monkeypatch: pytest.Monke
     monkeypatch.setenv("PATH", "")
     assert not native.is_available(native.ENTRIES)
     monkeypatch.setenv("CXX", "/no/compiler -with=arguments")
-    native.library.cache_clear()
+    native.compiled.cache_clear()
     assert not native.is_available(native.ENTRIES)
 
 
@@ -278,7 +278,7 @@ def test_libraries_of_other_machines_have_other_names(
     calls = compile_by(f'cp "{made}" "$to"')
     for flags in (["-mavx2"], []):
         monkeypatch.setattr(native, "_instructions", lambda flags=flags: flags)
-        native.library.cache_clear()
+        native.compiled.cache_clear()
         assert works()
     assert len(list(cache.iterdir())) == 2
     assert [" -mavx2 " in call for call in calls.read_text().splitlines()] == [True, False]

@@ -188,12 +188,11 @@ def _scaled(pair: Pair, i: int, c: float, left: float, near: float, loss_differs
     clips = [_is_clipped(pair, i, side) for side in (0, 1)]
     if loss_differs and ratio is not None:
         hidden = " and ".join(f"{'AB'[k]}'s are clipped to the norm {norms[k]:.4g}" for k in (0, 1) if clips[k])
+        names = _factors(ratio, x, y)
+        kind = "reduction" if hidden or names else "factors"  # by chance: a single number's gradients always have one
         cause = f"the loss of B is {ratio:.6g} times that of A, gradients are {c:.6g} times those of A"
-        cause += f", where {hidden}" * bool(hidden) + (names := _factors(ratio, x, y))
-        if not hidden and not names:  # as if by chance: the gradients of a single number always have one factor
-            return Verdict("parted", cause, "forward", i + 1, "factors", evidence, look=[_REDUCTION])
-        cause += ": another reduction" * (not names)
-        return Verdict("parted", cause, "forward", i + 1, "reduction", evidence, look=[_REDUCTION])
+        cause += f", where {hidden}" * bool(hidden) + (names or ": another reduction" * bool(hidden))
+        return Verdict("parted", cause, "forward", i + 1, kind, evidence, look=[_REDUCTION])
     if all(clips) and relative(*norms) < _ALIKE:
         cause = f"the other gradients of B are {c:.6g} times those of A: both clip to the norm {norms[0]:.4g} of all"
         return Verdict("parted", cause, "gradient", i + 1, "clipped alike", evidence)

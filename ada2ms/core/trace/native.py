@@ -32,7 +32,7 @@ _SECONDS: Final = 60.0  # after which a compiler is given up
 
 def is_available(entries: int) -> bool:
     """Whether a model of so many entries is to be summed here; compiles if need be."""
-    return entries >= ENTRIES and library() is not None
+    return entries >= ENTRIES and compiled() is not None
 
 
 class Sums:
@@ -57,7 +57,7 @@ class Sums:
         rows = [(address, *self._place(c), DTYPES.index(dtype)) for address, dtype, c in each]
         table = np.array(rows, np.int64).reshape(-1, 6)
         result = np.empty((len(rows), WIDTH))
-        if library().ada2ms_sums(len(rows), table.ctypes.data, threads, result.ctypes.data):
+        if compiled().ada2ms_sums(len(rows), table.ctypes.data, threads, result.ctypes.data):
             raise MemoryError("No memory for the sums of sketches")
         return result
 
@@ -107,7 +107,7 @@ def _cores() -> int:
 
 
 @functools.cache
-def library() -> Any:
+def compiled() -> Any:
     """The compiled source; None if it cannot be had."""
     compiler = _compiler()
     if compiler is None:

@@ -8,11 +8,9 @@ import numpy as np
 
 from ada2ms.core.trace.model import TENSORS, Step, Trace
 from ada2ms.core.trace.sketch import Array, distance, precision, resolution
-from ada2ms.core.trace.verdict import some
 
-ROUNDINGS: Final = (
-    4.0  # for one: of each term of a sum's root length, of each layer, and wherever their number is not known
-)
+# For one: of each term of a sum's root length, of each layer, and wherever their number is not known.
+ROUNDINGS: Final = 4.0
 _DIFFERENT: Final = 16  # entries by which numbers of 16 bits are told
 GROWTH: Final = 20.0  # by how much rounding may grow from one step to the next
 RESIDUE: Final = 1e-4  # of the largest gradient's norm, below which a gradient may be nothing but rounding
@@ -180,18 +178,14 @@ class Pair:
                 found.append(f"{name!r} has {here[name].shape} in A and {there[name].shape} in B")
         return found
 
-    def types(self) -> list[str]:
-        """Sentences on parameters that have another type in B."""
+    def types(self) -> dict[tuple[str, str], list[str]]:
+        """The parameters that have another type in B, by their types in A and in B."""
         found: dict[tuple[str, str], list[str]] = {}
         for name, p, q in zip(self.names, self.ia, self.ib, strict=True):
             types = self.a.parameters[p].dtype, self.b.parameters[q].dtype
             if types[0] != types[1]:
                 found.setdefault(types, []).append(name)
-        return [
-            f"parameters are {here} in A and {there} in B ({some(names)}): what rounding to the coarser of both loses "
-            "is held to be rounding"
-            for (here, there), names in found.items()
-        ]
+        return found
 
     def mapping(self) -> dict[str, str]:
         """For parameters that only B has: what A may call them, by equal shapes (in any order) and equal norms."""

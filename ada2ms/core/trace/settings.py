@@ -133,11 +133,7 @@ def _course(pair: Pair, name: str, groups: tuple[int, int]) -> tuple[str, str]:
     return name, ""
 
 
-def _takes(
-    slow: Course,
-    fast: Course,
-    every: int,
-) -> bool:
+def _takes(slow: Course, fast: Course, every: int) -> bool:
     """Whether one moves smoothly, and the other is where that one is so many times later."""
     ahead = slow[::every]
     many = len(ahead) >= _OFTEN and len(np.unique(slow)) > len(slow) // 2

@@ -5,6 +5,7 @@ from typing import Final
 
 import numpy as np
 
+from ada2ms.core.dialects import rounded
 from ada2ms.core.trace.pair import Pair, relative
 from ada2ms.core.trace.sketch import Array, distance, precision
 from ada2ms.core.trace.verdict import Verdict, some
@@ -39,8 +40,8 @@ def start(pair: Pair, apart: Array, norm: Array, bad: Array) -> Verdict:
         cause = f"weights of other parameters: {each}" + (f" and {rest} more" if rest > 0 else "")
         look = ["by which names weights were carried over, and names=: whether layers have the same order in both"]
         return Verdict("parted", cause, "start", 1, "exchanged", look=look, parameters=names)
-    if rounded := _rounded(pair, names):
-        who, kind = rounded
+    if found := _rounded(pair, names):
+        who, kind = found
         cause = f"{some(names)} of {who} are those of the other run, rounded to {kind}"
         look = [f"a checkpoint or a model that was cast to {kind} on the way"]
         return Verdict("parted", cause, "start", 1, "rounded", look=look, parameters=names)
@@ -93,26 +94,16 @@ def _rounded(pair: Pair, names: list[str]) -> tuple[str, str] | None:
     """Which run's values are those of the other, rounded to 16 bits, and to which."""
     steps = pair.steps[0]
     for who, here, there in (("B", 1, 0), ("A", 0, 1)):
-        for kind, cast in (("bfloat16", _to_bfloat16), ("float16", lambda x: x.astype(np.float16))):
+        for kind in ("bfloat16", "float16"):
             each = [[steps[side].full.get("value", {}).get(name) for side in (here, there)] for name in names]
-            if all(x is not None and y is not None and np.array_equal(x, cast(y)) for x, y in each):
+            if all(x is not None and y is not None and np.array_equal(x, rounded(y, kind)) for x, y in each):
                 return who, kind
     return None
 
 
-def _to_bfloat16(x: Array) -> Array:
-    """The nearest numbers of bfloat16, ties to even."""
-    bits = np.ascontiguousarray(x, np.float32).view(np.uint32)
-    return ((bits + 0x7FFF + ((bits >> 16) & 1)) & np.uint32(0xFFFF0000)).view(np.float32)
-
-
 def types(pair: Pair) -> Verdict | None:
     """Parameters that are kept in 16 bits in one run alone."""
-    found: dict[tuple[str, str], list[str]] = {}
-    for name, i, j in zip(pair.names, pair.ia, pair.ib, strict=True):
-        here, there = pair.a.parameters[i].dtype, pair.b.parameters[j].dtype
-        if here != there and max(precision(here), precision(there)) > _NARROW:
-            found.setdefault((here, there), []).append(name)
+    found = {types: names for types, names in pair.types().items() if max(map(precision, types)) > _NARROW}
     if not found:
         return None
     names = [name for each in found.values() for name in each]

@@ -20,8 +20,6 @@ from ada2ms.core.trace.verdict import Verdict, joined, some
 
 _LOOK = ["the arguments of the optimizers", "docs of the optimizers: in what their rules differ"]
 _MASKS = "masks and groups: which parameters decay, or have a learning rate of their own"
-
-
 _KERAS = (
     "Keras' own optimizers have no other place for epsilon; ada2ms.tf.Ada2MS at adaptivity 1 is AdamW as torch has it"
 )

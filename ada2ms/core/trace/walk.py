@@ -301,7 +301,12 @@ def _finished(walk: _Walk, verdict: Verdict, problems: list[str], i: int) -> Ver
     verdict.notes += walk.notes
     if problems:
         verdict.notes.append(f"not compared: {some(problems, 6, '; ')}")
-    verdict.notes += pair.types() if verdict.kind != "types" else []
+    if verdict.kind != "types":
+        verdict.notes += [
+            f"parameters are {here} in A and {there} in B ({some(names)}): what rounding to the coarser of both loses "
+            "is held to be rounding"
+            for (here, there), names in pair.types().items()
+        ]
     if not all(data.flat(s) for s in pair.steps[0]):
         verdict.notes.append("batches were not told in both: that the data are the same is not checked")
     lengths = len(pair.a.steps), len(pair.b.steps)
