@@ -188,14 +188,16 @@ def without(*frameworks: str) -> list[str]:
 
 def lanes(marks: str) -> list[Job]:
     """Every test with these marks once, and those that use Keras once for each of its backends."""
-    return [  # the first leaves trajectories that those of Keras take up
+    on_keras = [
+        pytest(f"Keras on {name}", f"keras and {marks}", *without("torch", "jax"), keras_backend=name)
+        for name in KERAS_BACKENDS
+    ]
+    return [  # such that of two processors neither is left with a long one alone; they share trajectories of networks
         pytest("several", f"not keras and {marks}", *without("torch", "jax", "keras")),
+        on_keras[0],
         pytest("JAX", f"not keras and {marks}", *files("jax")),
         pytest("PyTorch", f"not keras and {marks}", *files("torch")),
-        *(
-            pytest(f"Keras on {name}", f"keras and {marks}", *without("torch", "jax"), keras_backend=name)
-            for name in KERAS_BACKENDS
-        ),
+        *on_keras[1:],
     ]
 
 

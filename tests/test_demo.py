@@ -14,7 +14,6 @@ from typing import Any
 import numpy as np
 import pytest
 
-import support
 from ada2ms import core
 from ada2ms.cli import adaptivity, main
 from ada2ms.core import State
@@ -46,7 +45,8 @@ def test_all_frameworks_agree(tmp_path: Path, capsys: pytest.CaptureFixture[str]
 
 @pytest.mark.keras
 @ONCE
-@pytest.mark.parametrize("backends", [("jax",), *support.slow(("torch", "tensorflow", "jax"))])
+@pytest.mark.slow
+@pytest.mark.parametrize("backends", [("jax",), ("torch", "tensorflow", "jax")])
 def test_backends_of_keras_are_chosen_by_name(
     backends: tuple[str, ...], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

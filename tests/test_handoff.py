@@ -165,6 +165,7 @@ def test_a_state_that_does_not_fit_changes_nothing(framework: str) -> None:
     assert before.groups == after.groups
 
 
+@pytest.mark.slow
 def test_the_demo_hands_over(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     arguments = ["--steps", "9", "--out", str(tmp_path), "--frameworks", "torch", "jax", "--handoff", "--json"]
     assert main(["demo", *arguments]) == 0

@@ -153,7 +153,7 @@ def freeze_state(optimizer: Any) -> None:
 def test_a_configuration_keeps_them(built: bool, how: str) -> None:
     model = sequential()
     variables = model.trainable_variables
-    given = Ada2MS(0.125, weight_decay=0.5)
+    given = Ada2MS(0.125, weight_decay=0.5, name="ada2ms")
     given.exclude_from_weight_decay(**{how: variables[::2] if how == "var_list" else ["dense.*/kernel"]})
     if built:
         given.build(variables)

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ada2ms.torch.coefficients import coefficients
 from ada2ms.torch.kernels import Options, single
-from support import EPSILON, require_device, slow
+from support import EPSILON, require_device
 
 
 def inputs(dtype: torch.dtype, device: str) -> tuple[list[Tensor], ...]:
@@ -84,7 +84,8 @@ def compare(device: str) -> None:
 
 
 @pytest.mark.skipif(find_spec("triton") is None, reason="Triton is not installed (it comes with torch for CUDA)")
-@pytest.mark.parametrize("captured", [False, *slow(True)])
+@pytest.mark.slow
+@pytest.mark.parametrize("captured", [False, True])
 def test_the_kernel_in_tritons_interpreter(captured: bool) -> None:
     """In a process of its own: Triton reads the switch once."""
     code = "import test_torch_compensated_fused as t; t.compare('cpu')"
