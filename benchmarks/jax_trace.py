@@ -22,8 +22,7 @@ from gpu import SMALL, transformer
 from trace_options import parsed
 
 from ada2ms.core.trace import Parameter
-from ada2ms.jax import Recorder, recorded
-from ada2ms.jax.sketches import sketches
+from ada2ms.jax import Recorder, recorded, sketches, sketches_cpu
 
 
 def stepper(name: str, optimizer: Any, gradients: dict[str, Any], clock: Callable[[], float]) -> Callable[[], Any]:
@@ -57,7 +56,8 @@ def three_sketches(gradients: dict[str, Any]) -> Callable[[], Any]:
 
     @jax.jit
     def three(x: Any, y: Any, z: Any) -> Any:
-        return [sketches(tree, known).rows for tree in (x, y, z)]
+        sums = sketches_cpu.sums if sketches_cpu.is_available((x, y, z)) else sketches.sums
+        return [sums(tree, known) for tree in (x, y, z)]
 
     trees = [{name: g + i for name, g in gradients.items()} for i in range(3)]
     return lambda: three(*trees)

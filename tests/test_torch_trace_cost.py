@@ -1,8 +1,10 @@
 """What recording costs in torch: how many kernels and operations sketches take; and Triton's, against NumPy."""
 
+import ctypes
 import os
 import subprocess
 import sys
+import threading
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -97,6 +99,35 @@ def test_the_sums_in_cpp(compiled: list[int]) -> None:
     """In every layout and type."""
     compare_with_numpy("cpu", native.DTYPES)
     assert compiled == [4 * (len(tensors(torch.float32, "cpu")) - 1)] * 3
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the system does not list a process' threads")
+def test_the_sums_in_cpp_are_made_by_the_threads_of_torch(library: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Which wait for work for a while without sleeping: beside them others would not have the processors."""
+    if not hasattr(ctypes.CDLL(None), "GOMP_parallel"):
+        pytest.skip("torch has no OpenMP here")
+    monkeypatch.setattr(native, "compiled", lambda: library)
+    x, given, most, tasks = torch.ones(1 << 21), codes((1 << 21,)), [], Path("/proc/self/task")
+    done, threads = threading.Event(), torch.get_num_threads()
+
+    def watch() -> None:
+        while not done.is_set():
+            most.append(len(list(tasks.iterdir())))
+
+    watcher = threading.Thread(target=watch)
+    try:
+        torch.set_num_threads(2)
+        (x + x).sum()  # by both threads, which are there from now on
+        watcher.start()
+        known = len(list(tasks.iterdir()))
+        for _ in range(20):
+            native.Sums()([x.data_ptr()], ["float32"], [given], 2)
+    finally:
+        done.set()
+        watcher.join()
+        torch.set_num_threads(threads)
+    assert len(most) > 5
+    assert max(most) <= known
 
 
 def test_a_recorder_of_a_large_model_sums_in_cpp(

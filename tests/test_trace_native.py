@@ -1,5 +1,6 @@
 """The sums of sketches by C++, against float64 entry by entry; and what happens where it cannot be compiled."""
 
+import ctypes
 import functools
 import math
 import os
@@ -52,7 +53,7 @@ def made_for_the_least(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def sums(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Any]:
     """Sums of arrays, by all that this processor has, or by the least that its kind has."""
     made = request.getfixturevalue(request.param)
-    monkeypatch.setattr(native, "compiled", lambda: native._loaded(made))
+    monkeypatch.setattr(native, "compiled", lambda: native._declared(ctypes.CDLL(str(made))))
 
     def of(arrays: Sequence[Any], given: Sequence[Any], threads: int = 1) -> Any:
         addresses, names = [x.ctypes.data for x in arrays], [x.dtype.name for x in arrays]
@@ -190,6 +191,17 @@ def test_it_is_compiled_once_for_all_processes(made: Path, cache: Path, compile_
     assert works()
     assert count(calls) == 1
     assert [path.suffix for path in cache.iterdir()] == [".so"]
+
+
+def test_it_is_made_anew_when_what_it_includes_has_changed(
+    made: Path, cache: Path, compile_by: Callable[[str], Path], tmp_path: Path
+) -> None:
+    calls, included = compile_by(f'cp "{made}" "$to"'), tmp_path / "x.h"
+    for text in ("1", "1", "2"):
+        included.write_text(text)
+        assert native.library(native.SOURCE, [included], [tmp_path]) is not None
+    assert count(calls) == 2
+    assert f"-I{tmp_path}" in calls.read_text()
 
 
 @pytest.mark.slow

@@ -9,8 +9,9 @@ from ada2ms.jax.layers import plain_layers
 from ada2ms.jax.measurements import measure
 from ada2ms.jax.optimizer import ada2ms, scale_by_ada2ms
 from ada2ms.jax.receipt import export_gradients
+from ada2ms.jax.recorded import recorded
 from ada2ms.jax.state import CompensatedAda2MSState, ScaleByAda2MSState
-from ada2ms.jax.trace import Recorder, recorded
+from ada2ms.jax.trace import Recorder
 from ada2ms.jax.transfer import arguments, export_state, import_state
 
 __all__ = [

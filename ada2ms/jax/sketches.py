@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any, Final, NamedTuple
+from typing import Any, Final
 
 import jax
 import jax.numpy as jnp
@@ -10,55 +10,38 @@ import numpy as np
 
 from ada2ms.core.trace import Parameter
 from ada2ms.core.trace.sketch import MIXING, SUMS, WIDTH
-from ada2ms.jax.order import computed_after
 
 _LONGEST: Final = 16384  # entries of a row whose products are summed in one dimension
 _SHORT: Final = 1024  # into how many of them longer ones are divided, since one running sum loses too much
 _SMALL: Final = 16384  # entries of arrays that are stacked with others of their shape, which keeps programs short
 
 
-class Sketches(NamedTuple):
-    """Of arrays.
-
-    Attributes:
-        rows: (parameters, WIDTH), float32 or wider; in place of norms they have their squares, and NaN for what is
-            missing.
-        arrays: those that were sketched, by their names.
-    """
-
-    rows: jax.Array
-    arrays: dict[str, Any]
-
-
-def sketches(arrays: Mapping[str, Any], parameters: Sequence[Parameter], *, in_turn: bool = False) -> Sketches:
-    """Sketches of arrays of which parameters are, or are parts.
+def sums(arrays: Mapping[str, Any], parameters: Sequence[Parameter]) -> jax.Array:
+    """Squares and signed sums of arrays of which parameters are, or are parts.
 
     Args:
-        arrays: by name; None, or left out, where there is none.
-        parameters: in the order of the sketches.
-        in_turn: whether arrays that are computed for their sketches alone are computed one after the other.
+        arrays: by name; left out where there is none.
+        parameters: in the order of the sums.
+
+    Returns:
+        (parameters, WIDTH), float32 or wider; NaN for what is missing.
     """
-    arrays = {name: x for name, x in arrays.items() if x is not None}
     groups: dict[Any, list[int]] = {}
     for i, p in enumerate(parameters):
         groups.setdefault(_kind(arrays[p.own], p) or i if p.own in arrays else None, []).append(i)
-    rows, last = [jnp.zeros((0, WIDTH))], None
+    rows = [jnp.zeros((0, WIDTH))]
     for kind, members in groups.items():
         if kind is None:
             rows.append(jnp.full((len(members), WIDTH), jnp.nan))
-            continue
-        names = [parameters[i].own for i in members]
-        if last is not None:
-            arrays |= {name: computed_after(arrays[name], last) for name in names}
-        rows.append(_rows([arrays[name] for name in names], parameters[members[0]]))
-        last = rows[-1] if in_turn else None
+        else:
+            rows.append(_rows([arrays[parameters[i].own] for i in members], parameters[members[0]]))
     order = np.argsort([i for members in groups.values() for i in members])
-    return Sketches(jnp.concatenate(rows)[order], arrays)
+    return jnp.concatenate(rows)[order]
 
 
 def sketch(x: Any, parameter: Parameter) -> jax.Array:
     """The sketch of an array, float32 or wider, of shape (WIDTH,); NaN for what is missing."""
-    row = sketches({parameter.own: x}, [parameter]).rows[0]
+    row = sums({parameter.own: x}, [parameter])[0]
     return row.at[0].set(jnp.sqrt(row[0]))
 
 
@@ -83,7 +66,7 @@ def _rows(arrays: Sequence[Any], parameter: Parameter) -> jax.Array:
 def _row(x: Any, parameter: Parameter) -> jax.Array:
     # Without the barrier, XLA shares x*x with an optimizer's, and stores all of it for that.
     x = jax.lax.optimization_barrier(jnp.asarray(x))  # type: ignore[no-untyped-call]
-    x = x if parameter.part is None else parameter.part.take(x, jnp)
+    x = parameter.of(x, jnp)
     order = list(range(x.ndim)) if parameter.axes is None else list(parameter.axes)
     if jnp.iscomplexobj(x):
         order.append(x.ndim)

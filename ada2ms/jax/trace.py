@@ -14,10 +14,9 @@ with Recorder("run.trace", params, hyper={"lr": 1e-3}) as recorder:
 import math
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, Final, Self
 
 import jax
 import jax.numpy as jnp
@@ -26,15 +25,15 @@ import optax  # type: ignore[import-untyped]
 from jax.experimental import io_callback
 
 from ada2ms.core.state import Axes, Extras, Names
-from ada2ms.core.trace import Parameter, Step, TraceError, Writer
-from ada2ms.core.trace.model import Observed, empty_sketches, flattened, moving, observed, positions, resolve
+from ada2ms.core.trace import Step, TraceError, Writer
+from ada2ms.core.trace.model import Observed, empty_sketches, flattened, moving, observed, resolve
+from ada2ms.core.trace.sketch import change
 from ada2ms.core.trace.writer import DEFAULT_ENTRIES, DEFAULT_FLUSH, DEFAULT_FULL
-from ada2ms.jax.injected import injected
 from ada2ms.jax.names import by_path
-from ada2ms.jax.order import comes_from_counts, counted_after, in_one_order
-from ada2ms.jax.sketches import sketches
+from ada2ms.jax.sketches_cpu import unpacked
 
 Hyper = Mapping[str, float | Callable[[int], Any]]
+NEW_VALUE: Final = "new value"  # what of a tensor may be sketched in place of its update
 _NAMES = {"learning_rate": "lr", "beta1": "b1", "beta2": "b2"}
 
 
@@ -105,6 +104,7 @@ class Recorder:
         self._statistics = moving({name: (x.shape, jnp.dtype(x.dtype).name) for name, x in start.items()}, extras, axes)
         self._start = self._observed(start)
         self._groups: list[tuple[dict[str, Any], str]] | None = None  # what each was told, and its label in a state
+        self._full: dict[str, dict[str, Any]] = {}  # entries of what is there before the step that comes
         self._closed = False
 
     @property
@@ -180,6 +180,11 @@ class Recorder:
         """Whether the step that comes is to have entries of the arrays."""
         return np.bool_(not self._closed and self._writer.count < self._writer.full)
 
+    def take_entries(self, full: Any) -> None:
+        """Notes entries of what is there before the step that comes; called by the compiled program."""
+        if not self._closed:
+            self._full = _entries(full)
+
     def take(
         self,
         missing: Collection[str],
@@ -194,28 +199,27 @@ class Recorder:
         Args:
             missing: names of leaves without a gradient.
             labels: of leaves whose hyperparameters an optimizer's state has apart from others'.
-            tensors: those that are sketched, values, gradients and updates.
-            rows: their sketches, (tensors, parameters, WIDTH), with squares of the norms.
+            tensors: those that are sketched; with NEW_VALUE the update is what was added to the value.
+            rows: their sketches, (tensors, parameters, WIDTH), with squares of the norms; or as C++ gives them.
             hyper: what states hold, by label.
-            full: entries of the arrays.
+            full: entries of what the step did.
         """
         if self._closed:
             return
         self._begin(labels)
         count = self._writer.count
         step = Step(0, empty_sketches(len(self.parameters)), np.zeros(len(self.parameters), bool))
-        for what, found in zip(tensors, np.array(rows, np.float64), strict=True):
-            with np.errstate(invalid="ignore"):
-                found[:, 0] = np.sqrt(found[:, 0])
-            step.sketches[what] = found
+        step.sketches |= _sketches(tensors, rows)
+        step.full, self._full = {**self._full, **_entries(full or {})}, {}
+        if NEW_VALUE in step.full:
+            before, after = step.full["value"], step.full.pop(NEW_VALUE)
+            step.full["update"] = {name: x - before[name] for name, x in after.items()}
         step.missing = np.array([p.own in missing for p in self.parameters], bool)
         for told, label in self._groups or ():
             given = {name: value(count) if callable(value) else value for name, value in told.items()}
             seen = {_NAMES.get(name, name): float(np.real(value)) for name, value in hyper.get(label, {}).items()}
             numbers = {name: float(x) for name, x in {**given, **seen}.items()}
             step.hyper.append({name: x for name, x in numbers.items() if math.isfinite(x)})
-        for what, arrays in (full or {}).items():
-            step.full[what] = {name: np.array(x) for name, x in arrays.items()}
         step.clip_gradient(min((x["max_norm"] for x in step.hyper if "max_norm" in x), default=math.inf))
         if self._writer.is_due:  # before, since the loss of this one may come after it
             self._writer.flush()
@@ -234,138 +238,18 @@ class Recorder:
         self._writer.begin(self._about, self.parameters, self._statistics or None, self._start)
 
 
-def recorded(optimizer: optax.GradientTransformation, recorder: Recorder) -> optax.GradientTransformationExtraArgs:
-    """A transformation that does what another does and records each update; its state is the other's.
-
-    It works under `jax.jit`, also with sharded arrays and donated buffers, in `lax.scan` and `lax.cond`, and around
-    `optax.MultiSteps` (not within it, which calls its optimizer in every step): then updates are recorded, each with
-    the gradient that was accumulated.
-
-    Args:
-        optimizer: any.
-        recorder: takes the updates; after it is closed, the transformation goes on without it.
-
-    Raises:
-        TraceError: when it is traced, if the leaves are not those of the recorder, or under `vmap`, or within
-            `shard_map` and `pmap` over several devices.
-    """
-    inner = optax.with_extra_args_support(optimizer)
-
-    def update_fn(updates: Any, state: Any, params: Any = None, **extra_args: Any) -> Any:
-        def update(state: Any) -> Any:
-            return inner.update(updates, state, params, **extra_args)
-
-        if not isinstance(state, optax.MultiStepsState):
-            with in_one_order():
-                return _in_order(_Traced(recorder, params, updates), update, state)
-        new_updates, new_state = update(state)
-
-        def send(_: Any) -> None:
-            mean = getattr(optimizer, "_use_grad_mean", True)
-            whole = jax.tree.map(
-                lambda acc, g: acc + (g - acc) / (state.mini_step + 1) if mean else acc + g, state.acc_grads, updates
-            )
-            _Traced(recorder, params, whole).send(new_updates, new_state)
-
-        with in_one_order():
-            jax.lax.cond(new_state.gradient_step != state.gradient_step, send, lambda _: None, 0)
-        return new_updates, new_state
-
-    return optax.GradientTransformationExtraArgs(inner.init, update_fn)
+def _sketches(tensors: Sequence[str], rows: Any) -> dict[str, Any]:
+    found = dict(zip(tensors, np.array(unpacked(rows)), strict=True))
+    with np.errstate(invalid="ignore"):
+        for each in found.values():
+            each[:, 0] = np.sqrt(each[:, 0])
+    if NEW_VALUE in found:
+        found["update"] = change(found["value"], found.pop(NEW_VALUE))
+    return found
 
 
-def _in_order(traced: "_Traced", update: Callable[[Any], Any], state: Any) -> Any:
-    """What an update gives, which is recorded in an order that needs little memory.
-
-    New parameters are written over the old; unless these have been sketched before, they are copied first. And for its
-    sketch an update has to be an array, which it is not otherwise, since it is computed where it is added to a
-    parameter. A CPU takes longer to get new memory than to compute what most optimizers compute. So there updates are
-    computed for their sketches alone, in memory that is used for one after the other, and once more for the parameters.
-    """
-    is_simple = comes_from_counts(update, state)
-    if is_simple and jax.default_backend() == "cpu":
-        alone, its_state = update(state)
-        return update(counted_after(state, *traced.send(alone, its_state, in_turn=True)))
-    if is_simple:
-        state = counted_after(state, *traced.read)
-    new_updates, new_state = update(state)
-    traced.send(new_updates, new_state)
-    return new_updates, new_state
-
-
-class _Traced:
-    """What a program records of a step: first of what is there before, then of the updates."""
-
-    def __init__(self, recorder: Recorder, params: Any, gradients: Any) -> None:
-        self._recorder = recorder
-        trees = {"gradient": gradients} if params is None else {"value": params, "gradient": gradients}
-        self._found = {what: sketches(self._known(tree), recorder.parameters) for what, tree in trees.items()}
-        self.read = [found.rows for found in self._found.values()]  # known when values and gradients have been read
-
-    def send(self, updates: Any, state: Any, *, in_turn: bool = False) -> list[jax.Array]:
-        """Takes it all to the host.
-
-        Args:
-            updates: of the optimizer.
-            state: after the step.
-            in_turn: whether these updates are computed to be recorded alone.
-
-        Returns:
-            Numbers that are known when all has been read.
-        """
-        recorder = self._recorder
-        found = {**self._found, "update": sketches(self._known(updates), recorder.parameters, in_turn=in_turn)}
-        rows = jnp.stack([each.rows for each in found.values()])
-        labels, hyper = injected(state, [p.own for p in recorder.parameters])
-        missing = {p.own for p in recorder.parameters} - set(found["gradient"].arrays)
-        take = partial(recorder.take, missing, labels, list(found))
-        if not recorder.keeps_entries:
-            io_callback(take, None, rows, hyper, ordered=True)
-            return [rows]
-        # Those of what is computed in turn are taken in turn as well, for else all of it would have to be kept.
-        taken = {"update": self._entries(found["update"].arrays)} if in_turn else {}
-
-        def with_entries(_: Any) -> Any:
-            full = {what: taken.get(what) or self._entries(each.arrays) for what, each in found.items()}
-            io_callback(take, None, rows, hyper, full, ordered=True)
-            return rows[0, 0, 0]
-
-        def without(_: Any) -> Any:
-            io_callback(take, None, rows, hyper, ordered=True)
-            return jnp.zeros((), rows.dtype)  # what is known only when one of both has been run
-
-        wanted = io_callback(recorder.wants_full, np.bool_(False), ordered=True)
-        return [rows, jax.lax.cond(wanted, with_entries, without, 0)]
-
-    def _entries(self, arrays: Mapping[str, Any]) -> dict[str, jax.Array]:
-        each = [p for p in self._recorder.parameters if p.own in arrays]
-        return {p.name: _entries(arrays[p.own], p, self._recorder.entries) for p in each}
-
-    def _known(self, tree: Any) -> dict[str, Any]:
-        """The leaves by their names, which the recorder knows."""
-        leaves = by_path(tree)
-        if strange := sorted(set(leaves) - {p.own for p in self._recorder.parameters}):
-            raise TraceError(
-                f"The recorder does not know these leaves: {strange} (give it the parameters of the optimizer)"
-            )
-        self._recorder.check({name: tuple(x.shape) for name, x in leaves.items()})
-        return leaves
-
-
-def _own(x: Any, parameter: Parameter) -> Any:
-    return x if parameter.part is None else parameter.part.take(x, jnp)
-
-
-def _entries(x: Any, parameter: Parameter, limit: int) -> jax.Array:
-    """As `ada2ms.core.trace.model.sample`."""
-    x = _own(x, parameter)
-    if parameter.axes is not None:
-        x = x.transpose(np.argsort(parameter.axes))
-    if jnp.iscomplexobj(x):
-        x = jnp.stack([x.real, x.imag], -1)
-    x = x.astype(jnp.promote_types(x.dtype, jnp.float32))
-    kept: jax.Array = x if x.size <= limit else x.reshape(-1)[positions(x.size, limit)]
-    return kept
+def _entries(full: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
+    return {what: {name: np.array(x) for name, x in arrays.items()} for what, arrays in full.items()}
 
 
 def _is_traced(arrays: Any) -> bool:

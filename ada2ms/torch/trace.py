@@ -28,6 +28,7 @@ from ada2ms.core.state import Axes, Extras, Names
 from ada2ms.core.trace import Parameter, Step, TraceError, Writer
 from ada2ms.core.trace.model import STATISTICS, TENSORS, empty_sketches, flattened, resolve, sample
 from ada2ms.core.trace.parts import Part
+from ada2ms.core.trace.sketch import change
 from ada2ms.core.trace.writer import DEFAULT_ENTRIES, DEFAULT_FLUSH, DEFAULT_FULL
 from ada2ms.torch.buffers import Buffers
 from ada2ms.torch.groups import named_parameters
@@ -192,14 +193,12 @@ class Recorder:
         assert missing is not None
 
         def fill(step: Step) -> None:
-            value, gradient, update = next(self._fetched)
+            value, gradient, after = next(self._fetched)
             with np.errstate(invalid="ignore", over="ignore", divide="ignore"):  # of a run that diverges
                 value[:, 0], gradient[:, 0] = np.sqrt(value[:, 0]), np.sqrt(gradient[:, 0])
                 gradient /= 1.0 if scale is None else float(scale)
-                update[:, 1:] -= value[:, 1:]
-                update[:, 0] = np.sqrt(np.mean(np.square(update[:, 1:]), axis=1))
             gradient[missing] = np.nan
-            step.sketches = dict(zip(TENSORS, (value, gradient, update), strict=True))
+            step.sketches = dict(zip(TENSORS, (value, gradient, change(value, after)), strict=True))
             if moved is not None:
                 step.sketches[STATISTICS] = moved.cpu().numpy().astype(np.float64)
             if norm is not None:

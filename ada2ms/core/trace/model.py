@@ -46,9 +46,9 @@ class Parameter:
         """What a file has of it."""
         return {each.name: getattr(self, each.name) for each in fields(self) if each.name != "part"}
 
-    def of(self, array: Any) -> Any:
-        """What of a framework's array, as one of NumPy, is this parameter's."""
-        return array if self.part is None else self.part.take(array)
+    def of(self, array: Any, numpy: Any = np) -> Any:
+        """What of a framework's array, as one of NumPy or of a library that has its functions, is this parameter's."""
+        return array if self.part is None else self.part.take(array, numpy)
 
     @property
     def size(self) -> int:

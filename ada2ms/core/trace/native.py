@@ -25,7 +25,7 @@ from ada2ms.core.trace.sketch import WIDTH, Array, Codes, codes, reals, sketch
 
 ENTRIES: Final = 1 << 20  # of a model, from which on it is worth while
 DTYPES: Final = ("float32", "float64", "bfloat16", "float16")  # in the order of sketch.cpp's Type
-_SOURCE: Final = Path(__file__).with_name("sketch.cpp")
+SOURCE: Final = Path(__file__).with_name("sketch.cpp")
 _FLAGS: Final = ("-std=c++17", "-O3", "-fno-math-errno", "-fno-trapping-math", "-fPIC", "-shared", "-pthread")
 _SECONDS: Final = 60.0  # after which a compiler is given up
 
@@ -57,7 +57,9 @@ class Sums:
         rows = [(address, *self._place(c), DTYPES.index(dtype)) for address, dtype, c in each]
         table = np.array(rows, np.int64).reshape(-1, 6)
         result = np.empty((len(rows), WIDTH))
-        if compiled().ada2ms_sums(len(rows), table.ctypes.data, threads, result.ctypes.data):
+        library = compiled()
+        assert library is not None, "see is_available"
+        if library.ada2ms_sums(len(rows), table.ctypes.data, threads, result.ctypes.data):
             raise MemoryError("No memory for the sums of sketches")
         return result
 
@@ -89,7 +91,7 @@ class Sketcher:
             return np.stack(each) if each else np.zeros((0, WIDTH))
         addresses, dtypes = [x.ctypes.data for x in laid_out], [x.dtype.name for x in laid_out]
         found = [self._codes_of(x, order) for x, order in zip(arrays, axes, strict=True)]
-        sketches = self._sums(addresses, dtypes, found, _cores())
+        sketches = self._sums(addresses, dtypes, found, cores())
         with np.errstate(invalid="ignore"):
             sketches[:, 0] = np.sqrt(sketches[:, 0])
         return sketches
@@ -101,32 +103,39 @@ class Sketcher:
         return self._codes[key]
 
 
-def _cores() -> int:
-    """That this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
 @functools.cache
-def compiled() -> Any:
+def compiled() -> ctypes.CDLL | None:
     """The compiled source; None if it cannot be had."""
+    found = library(SOURCE)
+    return None if found is None else _declared(found)
+
+
+def library(source: Path, included: Sequence[Path] = (), folders: Sequence[Path] = ()) -> ctypes.CDLL | None:
+    """A source, compiled by the system's compiler or taken from the user's cache; None if it cannot be had.
+
+    Args:
+        source: of C++17.
+        included: other files that the source includes, of which it is made anew if they change.
+        folders: in which they are.
+    """
     compiler = _compiler()
     if compiler is None:
         return None
     flags = [*_FLAGS, *_instructions()]
     about = repr((compiler, flags, platform.machine(), platform.libc_ver()))  # machines that differ may share a cache
-    name = f"sketch-{_digest(_SOURCE.read_bytes() + about.encode())}"
     cache = _cache()
     with contextlib.suppress(OSError):
+        name = f"{source.stem}-{_digest(b''.join(path.read_bytes() for path in (source, *included)) + about.encode())}"
         for kept in [] if cache is None else sorted(cache.glob(f"{name}-*.so")):
             if kept.stem == f"{name}-{_digest(kept.read_bytes())}":  # half a library would end the process
-                return _loaded(kept)
+                return ctypes.CDLL(str(kept))
     try:
         with _folder(cache) as folder:
             made = Path(folder, f"{name}.so")
-            command = [*compiler, *flags, str(_SOURCE), "-o", str(made)]
+            command = [*compiler, *flags, *(f"-I{path}" for path in folders), str(source), "-o", str(made)]
             quiet = subprocess.DEVNULL
             subprocess.run(command, check=True, stdin=quiet, stdout=quiet, stderr=quiet, timeout=_SECONDS)
-            found = _loaded(made)
+            found = ctypes.CDLL(str(made))
             if made.parents[1] == cache:
                 made.replace(cache / f"{name}-{_digest(made.read_bytes())}.so")  # at once, whoever else does the same
             return found
@@ -134,15 +143,19 @@ def compiled() -> Any:
         return None
 
 
+def cores() -> int:
+    """That this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _declared(library: ctypes.CDLL) -> ctypes.CDLL:
+    library.ada2ms_sums.argtypes = [ctypes.c_int64, ctypes.c_void_p, ctypes.c_int64, ctypes.c_void_p]
+    library.ada2ms_sums.restype = ctypes.c_int
+    return library
+
+
 def _digest(content: bytes) -> str:
     return hashlib.sha256(content).hexdigest()[:16]
-
-
-def _loaded(path: Path) -> Any:
-    found = ctypes.CDLL(str(path))
-    found.ada2ms_sums.argtypes = [ctypes.c_int64, ctypes.c_void_p, ctypes.c_int64, ctypes.c_void_p]
-    found.ada2ms_sums.restype = ctypes.c_int
-    return found
 
 
 def _compiler() -> list[str] | None:

@@ -152,6 +152,13 @@ def distance(a: Array, b: Array) -> Array:
         return np.asarray(np.sqrt(np.mean(np.square(a[..., 1:] - b[..., 1:]), axis=-1)))
 
 
+def change(before: Array, after: Array) -> Array:
+    """The sketches of what was added, from those of before and after; their norms are estimates, as by `distance`."""
+    with np.errstate(invalid="ignore", over="ignore"):
+        sums = after[..., 1:] - before[..., 1:]
+    return np.concatenate([distance(before, after)[..., None], sums], axis=-1)
+
+
 def resolution(dtype: str) -> float:
     """What a sketch of a tensor of this type, by its name, loses of the norm by its own rounding."""
     return RESOLUTION * float(np.finfo(np.float64 if dtype in ("float64", "complex128") else np.float32).eps)
