@@ -241,17 +241,20 @@ def _is_traced(x: Any) -> bool:
 def _clipped(optimizer: Any, gradients: dict[str, Any]) -> dict[str, Any]:
     """Gradients as the optimizer clips them before its rule, so that clipping elsewhere before a step is the same."""
     there = {path: g for path, g in gradients.items() if g is not None}
-    norms = {path: float(np.linalg.norm(g.astype(np.result_type(g, np.float64)))) for path, g in there.items()}
     if (bound := optimizer.clipnorm or 0.0) > 0:
-        clipped = {path: g * _scale(bound, norms[path]) for path, g in there.items()}
+        clipped = {path: g * _scale(bound, _norm(g)) for path, g in there.items()}
     elif (bound := optimizer.global_clipnorm or 0.0) > 0:
-        scale = _scale(bound, math.hypot(*norms.values()))
+        scale = _scale(bound, math.hypot(*map(_norm, there.values())))
         clipped = {path: g * scale for path, g in there.items()}
     elif (bound := optimizer.clipvalue or 0.0) > 0:
         clipped = {path: np.clip(g, -bound, bound) for path, g in there.items()}
     else:
         return gradients
     return {**gradients, **clipped}
+
+
+def _norm(x: Any) -> float:
+    return float(np.linalg.norm(x.astype(np.result_type(x, np.float64))))
 
 
 def _scale(bound: float, norm: float) -> float:
