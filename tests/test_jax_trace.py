@@ -223,6 +223,7 @@ def test_sharded_arrays_are_recorded_as_the_whole(tmp_path: Path) -> None:
     seen, _ = by_hand(optax.adamw(0.1))
     trace = Trace.load(tmp_path / "run")
     assert trace.about["devices"] == 4
+    assert [bool(step.full) for step in trace.steps][:2] == [jax.__version_info__ >= (0, 10), False]
     check(trace, seen)
 
 

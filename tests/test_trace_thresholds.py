@@ -5,6 +5,7 @@ convict, or call by another name, and what a looser one would miss.
 """
 
 import copy
+import math
 import sys
 from collections.abc import Callable
 
@@ -12,9 +13,12 @@ import numpy as np
 import pytest
 from trace_faults import trace
 
+from ada2ms.core.dialects import Dialect, replay
 from ada2ms.core.trace import Trace, Verdict, diff
+from ada2ms.core.trace.explain import decaying, fit
 from ada2ms.core.trace.model import fingerprint
 from ada2ms.core.trace.pair import Pair
+from ada2ms.core.trace.series import series
 from ada2ms.core.trace.sketch import sketch
 
 KERNEL = "3.dense.kernel"
@@ -114,6 +118,16 @@ def faster(by: float) -> tuple[Trace, Trace]:
     return untold((trace("torch", {}), trace("torch", {"wrong_from": (0, 1 + by)})))
 
 
+def decayed(share: float) -> str:
+    """What is seen of Adam if an update is off by 1e-6 of its norm, and a share of that, in squares, is decay."""
+    rule, run = Dialect(), [s for s in series(untold((trace("torch", {}),) * 2)[0]) if s.parameter.name == KERNEL]
+    for s in run:
+        for i, (x, _) in enumerate(replay(rule, s.values, s.gradients, s.hyper, s.means[rule.scope])):
+            decay = -math.sqrt(share) * s.values[i] / np.linalg.norm(s.values[i])
+            s.updates[i] = x + 1e-6 * (noisy(math.sqrt(1 - share), i, x) + decay * np.linalg.norm(x))
+    return "decays" if decaying(fit(rule, run), run).dialect.changed else "does not decay"
+
+
 def said(pair: tuple[Trace, Trace], repeat: Trace | None = None) -> str:
     found: Verdict = diff(*pair, repeat)
     return f"{found.outcome}; {found.kind}; {found.cause}; {'; '.join(found.notes)}"
@@ -162,6 +176,7 @@ CASES: dict[str, tuple[Callable[[], str], str, Callable[[], str], str]] = {
     ),
     "_NARROW": (lambda: said(fed(1.3e-3)), "only rounding", lambda: said(fed(1.3e-2)), "other data"),
     "_RATE": (lambda: said(faster(3e-6)), "only rounding", lambda: said(faster(3e-5)), "parted; lr"),
+    "_SHARE": (lambda: decayed(0.15), "does not decay", lambda: decayed(0.4), "decays"),
     "SAME": (
         lambda: said(rated(lambda i: 3e-7 * (i % 2))),
         "only rounding",

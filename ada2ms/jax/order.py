@@ -31,6 +31,11 @@ def in_one_order() -> Iterator[None]:
         raise
 
 
+def may_ask() -> bool:
+    """Whether a program may ask the host; before JAX 0.10, XLA does not compile one that is divided among devices."""
+    return jax.__version_info__ >= (0, 10) or jax.device_count() == 1
+
+
 def counted_after(state: Any, *numbers: jax.Array) -> Any:
     """An optimizer's state as it is, whose counts of steps a compiled program has when it knows the numbers.
 

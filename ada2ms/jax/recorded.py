@@ -15,7 +15,7 @@ from ada2ms.core.trace.model import positions
 from ada2ms.jax import sketches, sketches_cpu
 from ada2ms.jax.injected import injected
 from ada2ms.jax.names import by_path
-from ada2ms.jax.order import counted_after, in_one_order
+from ada2ms.jax.order import counted_after, in_one_order, may_ask
 from ada2ms.jax.trace import NEW_VALUE, Recorder
 
 
@@ -80,18 +80,19 @@ class _Traced:
         self._in_cpp = params is not None and sketches_cpu.is_available(self._before.values())
         self._rows = {what: self._sums(arrays) for what, arrays in self._before.items()}
         self.read = [*self._rows.values()]  # numbers that are known when all that is there before has been read
-        self._wanted: jax.Array | None = None
-        if recorder.keeps_entries:
-            self._wanted = io_callback(recorder.wants_full, np.bool_(False), ordered=True)
-            self.read.append(jax.lax.cond(self._wanted, self._send_entries, lambda: 0))
+        self._is_full: jax.Array | None = None
+        if recorder.keeps_entries and may_ask():
+            wanted = io_callback(recorder.wants_full, np.bool_(False), ordered=True)
+            self._is_full = jax.lax.cond(wanted, self._send_entries, lambda: False)
+            self.read.append(self._is_full)
 
     def _sums(self, arrays: Mapping[str, Any]) -> jax.Array:
         return (sketches_cpu.sums if self._in_cpp else sketches.sums)(arrays, self._recorder.parameters)
 
-    def _send_entries(self) -> int:
+    def _send_entries(self) -> bool:
         full = {what: self._entries(arrays) for what, arrays in self._before.items()}
         io_callback(self._recorder.take_entries, None, full, ordered=True)
-        return 0
+        return True
 
     def send(self, updates: Any, state: Any) -> None:
         """Takes it all to the host.
@@ -119,10 +120,10 @@ class _Traced:
         def without() -> None:
             io_callback(take, None, rows, hyper, ordered=True)
 
-        if self._wanted is None:
+        if self._is_full is None:
             without()
         else:
-            jax.lax.cond(self._wanted, with_entries, without)
+            jax.lax.cond(self._is_full, with_entries, without)
 
     def _entries(self, arrays: Mapping[str, Any]) -> dict[str, jax.Array]:
         each = [p for p in self._recorder.parameters if p.own in arrays]

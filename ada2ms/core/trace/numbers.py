@@ -20,8 +20,14 @@ _SEARCHED: Final = {  # the range of eps, and of what is missing to 1 of the oth
 _STEPS: Final = 40  # of a search; each makes the range smaller by the golden section
 
 
-def decays(dialect: Dialect, run: list[Series]) -> Iterator[Dialect]:
-    """The dialect with the weight decay that fits best, of few digits first: what it adds is linear in it."""
+def decays(dialect: Dialect, run: list[Series], share: float = 0.0) -> Iterator[Dialect]:
+    """The dialect with the weight decay that fits best, of few digits first: what it adds is linear in it.
+
+    Args:
+        dialect: another decay of which may be meant.
+        run: some tensors.
+        share: of what is left without decay, in squares, that has to be decay's in every step.
+    """
     if dialect.decay not in ("decoupled", "unscaled") or "weight_decay" not in OWN_HYPER[dialect.family]:
         return
     plain = replace(dialect, changed=_with(dialect, "weight_decay", 0.0))
@@ -36,8 +42,11 @@ def decays(dialect: Dialect, run: list[Series]) -> Iterator[Dialect]:
         d = np.concatenate([lr * each[i][0] for each, lr in zip(directions, rates, strict=True)])
         if not np.isfinite([u @ u, d @ d, x @ x]).all() or not x @ x > 0:
             return
-        if None in told:
-            (c, e), *_ = np.linalg.lstsq(np.stack([d, x], 1), u, rcond=None)
+        (c, e), *_ = np.linalg.lstsq(np.stack([d, x], 1), u, rcond=None)
+        left = u - c * d
+        if e * e * (x @ x) < share * (left @ left):
+            return
+        if None in told or share:
             found.append(-e / (c if by_rate else 1.0) if c > 0 else math.nan)
         else:
             found.append(-((u - d) @ x) / (x @ x))

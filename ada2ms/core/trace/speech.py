@@ -9,7 +9,7 @@ from collections.abc import Collection
 from dataclasses import dataclass, replace
 
 from ada2ms.core.dialects import DEFAULTS, OWN_HYPER, Dialect, claimed
-from ada2ms.core.trace.explain import Fit, explain_run, fit
+from ada2ms.core.trace.explain import Fit, decaying, explain_run, fit
 from ada2ms.core.trace.model import Trace
 from ada2ms.core.trace.near import near
 from ada2ms.core.trace.pair import relative
@@ -117,10 +117,11 @@ def speech(trace: Trace, like: Speech | None = None) -> Speech | None:
         return None
     own = claimed(str(trace.about.get("optimizer", "")), run[0].hyper[0])
     known = [voice for voice in like.voices if voice.fit.fits] if like else []
-    rules = [*[voice.fit.dialect for voice in known], *[voice.rule() for voice in known]]
-    firsts = list(dict.fromkeys([*rules, own]))
+    rules = [voice.rule() for voice in known]
+    firsts = list(dict.fromkeys([*[voice.fit.dialect for voice in known], *rules, own]))
     for dialect in firsts:
         if (found := fit(dialect, run)).fits:
+            found = found if dialect in rules else decaying(found, run)
             return Speech([Voice(found, run)], found.steps)
     if voices := _near(run, known):
         return Speech(voices, voices[0].fit.steps)
