@@ -125,6 +125,7 @@ class Torch:
     narrow: str = ""  # a layer that computes in bfloat16
     told: Callable[[Any], Any] | None = None  # of the labels, what the recorder is told
     scaler: Callable[[], Any] | None = None
+    outputs: bool = False
 
 
 def train_torch(path: Path, **options: Any) -> Path:
@@ -141,7 +142,7 @@ def train_torch(path: Path, **options: Any) -> Path:
     opt = make(net.parameters()) if o.made is None else o.made(net)
     shares = [group["lr"] / LR for group in opt.param_groups]
     scaler = None if o.scaler is None else o.scaler()
-    with Recorder(path, net, opt, full=o.full, flush=3, **plain_layers(net)) as recorder:
+    with Recorder(path, net, opt, full=o.full, flush=3, outputs=o.outputs, **plain_layers(net)) as recorder:
         for i, (x, y) in enumerate(batches(steps=o.steps, **(o.data or {}))):
             for group, share in zip(opt.param_groups, shares, strict=True):
                 group["lr"] = rate(i, schedule=o.schedule, off=o.off, epoch=o.epoch) * share
@@ -220,6 +221,23 @@ def _gradients(o: Torch, net: Any, recorder: Any, x: Any, y: Any, scaler: Any) -
             p.grad += o.gradient_noise * p.grad.abs().mean() * torch.randn_like(p)
 
 
+def _forward(p: Any, x: Any, axis: int, norm_eps: float, after_norm: Any, note: Any) -> Any:
+    """Logits, and the statistics of the batch, in JAX."""
+    import jax.numpy as jnp
+
+    def dense(k: int, x: Any) -> Any:
+        h = x @ p[f"{k}.dense.kernel"] + p[f"{k}.dense.bias"]
+        note(f"{k}.dense", h)
+        return h
+
+    h = dense(0, x)
+    batch = {"1.norm.mean": h.mean(axis), "1.norm.var": h.var(axis)}
+    h = (h - h.mean(axis, keepdims=True)) / jnp.sqrt(h.var(axis, keepdims=True) + norm_eps)
+    h = h * p[NAMES[2]] + p[NAMES[3]]
+    note("1.norm", h)
+    return dense(3, jnp.tanh(dense(2, after_norm(jnp.tanh(h))))), batch
+
+
 def train_jax(
     path: Path,
     *,
@@ -234,6 +252,7 @@ def train_jax(
     steps: int = STEPS,
     halves: int = 1,
     keeps: float | None = None,
+    outputs: bool = False,
 ) -> Path:
     import jax
     import jax.numpy as jnp
@@ -252,12 +271,8 @@ def train_jax(
     seen = None if keeps is None else {"1.norm.mean": jnp.zeros(HIDDEN), "1.norm.var": jnp.ones(HIDDEN)}
 
     def loss_of(p: Any, x: Any, y: Any) -> Any:
-        h = x @ p[NAMES[0]] + p[NAMES[1]]
-        batch = {"1.norm.mean": h.mean(axis), "1.norm.var": h.var(axis)}
-        h = (h - h.mean(axis, keepdims=True)) / jnp.sqrt(h.var(axis, keepdims=True) + norm_eps)
-        h = jnp.tanh(h * p[NAMES[2]] + p[NAMES[3]])
-        h = jax.lax.stop_gradient(h) if stop else h
-        logits = jnp.tanh(h @ p[NAMES[4]] + p[NAMES[5]]) @ p[NAMES[6]] + p[NAMES[7]]
+        note = recorder.output if outputs else lambda *_: None
+        logits, batch = _forward(p, x, axis, norm_eps, jax.lax.stop_gradient if stop else lambda h: h, note)
         losses = optax.softmax_cross_entropy_with_integer_labels(logits, y)
         return (losses.sum() if reduction == "sum" else losses.mean()), batch
 
@@ -293,6 +308,7 @@ def train_keras(
     copied: bool = True,
     steps: int = STEPS,
     batch_norm: dict[str, Any] | None = None,
+    outputs: bool = False,
 ) -> Path:
     import keras
 
@@ -318,6 +334,6 @@ def train_keras(
     loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True, reduction=reduction)
     model.compile(opt, loss, run_eagerly=True)
     x, y = (np.concatenate(arrays) for arrays in zip(*batches(steps=steps, **(data or {})), strict=True))
-    with Recorder(path, model, **mappings) as recorder:
+    with Recorder(path, model, outputs=outputs, **mappings) as recorder:
         model.fit(x, y, batch_size=BATCH, shuffle=False, verbose=0, callbacks=[recorder])
     return path

@@ -16,6 +16,7 @@ from ada2ms._extras import require_all
 from ada2ms.cli.arguments import reported
 from ada2ms.core.trace import Trace, TraceError, Verdict, diff, judge
 from ada2ms.core.trace.measured import measured
+from ada2ms.core.trace.outputs import Output
 
 _LONG = 500  # steps from which on progress is shown
 
@@ -75,13 +76,14 @@ def show(arguments: argparse.Namespace) -> int:
         "skipped": [step.number for step in trace.steps if step.skipped],
         "parameters": {p.name: [list(p.shape), p.dtype, p.own] for p in trace.parameters},
         "statistics": {p.name: [list(p.shape), p.dtype, p.own] for p in trace.statistics or []},
+        "outputs": {each.name: [[x.shape, x.dtype] for x in each.arrays] for each in _outputs(trace)},
     }
     rows = [_row(trace, i) for i in _shown(len(trace.steps))]
     if arguments.json:
         print(json.dumps({**facts, "rows": [_row(trace, i) for i in range(len(trace.steps))]}))
         return 0
     for name, value in facts.items():
-        if name not in ("parameters", "statistics") and not (name == "skipped" and not value):
+        if name not in ("parameters", "statistics", "outputs") and not (name == "skipped" and not value):
             print(f"{name:14}{value}")
     if not trace.complete:
         print(f"{'':14}the recorder was not closed: the run goes on, or was killed")
@@ -90,6 +92,8 @@ def show(arguments: argparse.Namespace) -> int:
     for i, p in enumerate(every):
         kind = "  statistics" if i >= len(trace.parameters) else ""
         print(f"  {p.name:{width}}  {p.shape}  {p.dtype}" + (f"  from {p.own}" if p.own != p.name else "") + kind)
+    for name, arrays in facts["outputs"].items():
+        print(f"  {name:{width}}  {', '.join(f'{tuple(shape)}  {dtype}' for shape, dtype in arrays)}  output")
     print(
         f"{'step':>7} {'batches':>8} {'loss':>12} {'|gradient|':>11} {'|update|':>10} {'|value|':>10}  hyperparameters"
     )
@@ -140,6 +144,11 @@ def _row(trace: Trace, i: int) -> dict[str, Any]:
         norm = sketches[:, 0]
         norms[what] = math.sqrt(float((norm[norm == norm] ** 2).sum()))
     return {"step": step.number, "batches": len(step.batches), "loss": step.loss, "hyper": step.hyper, **norms}
+
+
+def _outputs(trace: Trace) -> list[Output]:
+    """Of the first step, as those of the others are."""
+    return trace.steps[0].outputs if trace.steps else []
 
 
 def _shown(steps: int) -> list[int]:

@@ -105,6 +105,7 @@ class _Traced:
             state: after the step.
         """
         recorder = self._recorder
+        recorder.outputs.mark()
         what, arrays = "update", self._known(updates)
         if self._in_cpp:
             values = self._before["value"]

@@ -30,6 +30,7 @@ from ada2ms.core.trace.model import Observed, empty_sketches, flattened, moving,
 from ada2ms.core.trace.sketch import change
 from ada2ms.core.trace.writer import DEFAULT_ENTRIES, DEFAULT_FLUSH, DEFAULT_FULL
 from ada2ms.jax.names import by_path
+from ada2ms.jax.outputs import Outputs, arrays_of, noted
 from ada2ms.jax.sketches_cpu import unpacked
 
 Hyper = Mapping[str, float | Callable[[int], Any]]
@@ -99,6 +100,7 @@ class Recorder:
                     where = f" of {own!r}" if callable(hyper) else ""
                     raise TypeError(f"Invalid hyper: {name!r}{where} is {value!r} (must be a number or a schedule)")
         self._writer = Writer(path if jax.process_index() == 0 else None, full=full, entries=entries, flush=flush)
+        self.outputs = Outputs(full)
         self._about = _about(optimizer)
         start = by_path(statistics)
         self._statistics = moving({name: (x.shape, jnp.dtype(x.dtype).name) for name, x in start.items()}, extras, axes)
@@ -133,6 +135,26 @@ class Recorder:
             _wait()
             self._take_loss(loss)
 
+    def output(self, name: str, x: Any) -> None:
+        """Notes an output of the forward pass of the step that comes, such as of a block, in the first `full` steps.
+
+        It may be called wherever it is computed: in `__call__` of a module, within `jit`, `grad`, `scan`, `checkpoint`
+        and `vmap` over samples. A compiled program goes on to ask the host for each whether it is wanted.
+
+        Args:
+            name: by which it is compared with that of another run; the second of a name in a step gets a number.
+            x: an array, or a tuple, list or dictionary of arrays.
+
+        Raises:
+            TraceError: within `shard_map` or `pmap` over several devices.
+            TypeError: it has no arrays.
+        """
+        if _is_traced(x):
+            self.outputs.send(name, arrays_of(x))
+        elif not self._closed and self._writer.takes_outputs:
+            _wait()
+            self._writer.output(noted(name, arrays_of(x)))
+
     def _take_batch(self, arrays: Sequence[Any]) -> None:
         if not self._closed:
             self._writer.batch([np.asarray(x) for x in flattened(arrays)])
@@ -156,7 +178,7 @@ class Recorder:
     def close(self) -> None:
         """Stops recording and writes what waits."""
         _wait()
-        self._closed = True
+        self._closed, self.outputs.is_open = True, False
         self._begin({})
         self._writer.close()
 
@@ -224,6 +246,7 @@ class Recorder:
         if self._writer.is_due:  # before, since the loss of this one may come after it
             self._writer.flush()
         self._writer.add(step)
+        self.outputs.step(step)
 
     def _begin(self, labels: Mapping[str, str]) -> None:
         """Writes what the trace is of, in the first step: which leaves have hyperparameters of their own."""

@@ -26,6 +26,7 @@ from ada2ms.core.trace.native import Sketcher
 from ada2ms.core.trace.writer import DEFAULT_ENTRIES, DEFAULT_FLUSH, DEFAULT_FULL
 from ada2ms.tf.groups import Hyper
 from ada2ms.tf.optimizer import Ada2MS
+from ada2ms.tf.outputs import Outputs, output
 
 _HYPER = {  # Keras' names of hyperparameters, and the neutral ones
     "beta_1": "b1",
@@ -65,6 +66,8 @@ class Recorder(keras.callbacks.Callback):  # type: ignore[misc]
         full: of how many steps to keep entries of the arrays as well.
         entries: how many entries of each array; of larger ones a sample.
         flush: after how many steps to write; a run that is killed loses at most these.
+        outputs: whether to record, in the first `full` steps, what each layer is given and what it gives, so that the
+            first that differs can be named. Then they take longer.
 
     Raises:
         TraceError: names or axes do not fit, or there is no optimizer.
@@ -84,6 +87,7 @@ class Recorder(keras.callbacks.Callback):  # type: ignore[misc]
         full: int = DEFAULT_FULL,
         entries: int = DEFAULT_ENTRIES,
         flush: int = DEFAULT_FLUSH,
+        outputs: bool = False,
     ) -> None:
         super().__init__()
         optimizer = getattr(model, "optimizer", None) if optimizer is None else optimizer
@@ -96,6 +100,8 @@ class Recorder(keras.callbacks.Callback):  # type: ignore[misc]
         self._moving = {v.path: v for v in _moving(model)}
         kept = {path: (tuple(v.shape), _dtype(v)) for path, v in self._moving.items()}
         self._statistics = moving(kept, extras, axes)
+        if outputs and full == 0:
+            raise ValueError("Invalid outputs: True (needs full of at least 1)")
         self._writer = Writer(path, full=full, entries=entries, flush=flush)
         self._start = self._observed()
         self._about = _about(self._optimizer)
@@ -105,6 +111,7 @@ class Recorder(keras.callbacks.Callback):  # type: ignore[misc]
         self._apply, self._compute_loss = self._optimizer.apply, model.compute_loss
         self._optimizer.apply = self._recorded_apply
         self._in_fit = False
+        self._outputs = Outputs(model, self.parameters) if outputs else None
 
     def batch(self, *arrays: Any) -> None:
         """Notes the arrays of a batch, of the step that comes."""
@@ -115,8 +122,19 @@ class Recorder(keras.callbacks.Callback):  # type: ignore[misc]
         value = float(_numpy(loss))
         self._writer.loss(lambda: value, late=True)
 
+    def output(self, name: str, x: Any) -> None:
+        """Notes an output of the forward pass of the step that comes, such as of a block, in the first `full` steps.
+
+        Args:
+            name: by which it is compared with that of another run; the second of a name in a step gets a number.
+            x: a tensor, or a tuple, list or dictionary of tensors.
+        """
+        if self._writer.takes_outputs:
+            self._writer.output(output(name, x))
+
     def close(self) -> None:
         """Stops recording and writes what waits."""
+        self._without_outputs()
         if vars(self._optimizer).get("apply") is not None:
             del self._optimizer.apply
         self.on_train_end()
@@ -222,7 +240,16 @@ class Recorder(keras.callbacks.Callback):  # type: ignore[misc]
             step.sketches[what][i] = row
             if full:
                 step.full.setdefault(what, {})[p.name] = sample(array, p, self._writer.entries)
+        if self._outputs is not None:
+            self._outputs.take(self._writer.output)
         self._writer.add(step)
+        if not self._writer.takes_outputs:
+            self._without_outputs()
+
+    def _without_outputs(self) -> None:
+        if self._outputs is not None:
+            self._outputs.remove()
+            self._outputs = None
 
 
 def _moving(model: keras.Model) -> list[Any]:

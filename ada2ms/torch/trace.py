@@ -33,6 +33,8 @@ from ada2ms.core.trace.writer import DEFAULT_ENTRIES, DEFAULT_FLUSH, DEFAULT_FUL
 from ada2ms.torch.buffers import Buffers
 from ada2ms.torch.groups import named_parameters
 from ada2ms.torch.numbers import number, numpy
+from ada2ms.torch.outputs import Outputs, output
+from ada2ms.torch.processes import combine, is_first, world_size
 from ada2ms.torch.shared import choice
 from ada2ms.torch.sketches import Sketcher
 
@@ -65,6 +67,9 @@ class Recorder:
         entries: how many entries of each tensor; of larger ones a sample.
         flush: after how many steps to write; a run that is killed loses at most these.
         group: the processes among which batches are divided; by default all.
+        outputs: whether to record, in the first `full` steps, what each module is given and what it gives, so that the
+            first that differs can be named. Then they take longer, and a compiled model is compiled in pieces; make the
+            recorder before the model is first called.
 
     Raises:
         TraceError: names or axes do not fit, or the model has not all of the optimizer's parameters.
@@ -85,13 +90,14 @@ class Recorder:
         entries: int = DEFAULT_ENTRIES,
         flush: int = DEFAULT_FLUSH,
         group: Any = None,
+        outputs: bool = False,
     ) -> None:
         optimizer = _unwrapped(optimizer)
         own = named(model)
-        self._group, self._world = group, _world(group)
+        self._group, self._world = group, world_size(group)
         self._params = [p for each in optimizer.param_groups for p in each["params"]]
         self._parameters = parameters(own, optimizer, names, axes)
-        self._writer = Writer(path if _is_first() else None, full=full, entries=entries, flush=flush)
+        self._writer = Writer(path if is_first() else None, full=full, entries=entries, flush=flush)
         inner = _inner(model)
         buffers = Buffers(inner, extras, axes) if isinstance(inner, nn.Module) else None
         self._buffers = buffers if buffers and buffers.parameters else None
@@ -103,6 +109,7 @@ class Recorder:
         self._kept: list[Tensor] = []  # sums of the steps that wait, on their device
         self._fetched: Iterator[NDArray[Any]] = iter(())  # and as they are written
         self._open: _Before | None = None
+        self._outputs = _outputs(inner, self._parameters, full) if outputs else None
         self._hooks = [
             optimizer.register_step_pre_hook(self._before),
             optimizer.register_step_post_hook(self._after),
@@ -117,8 +124,19 @@ class Recorder:
         kept = loss.detach().clone() if isinstance(loss, Tensor) else loss
         self._writer.loss(lambda: float(kept))
 
+    def output(self, name: str, x: Any) -> None:
+        """Notes an output of the forward pass of the step that comes, such as of a block, in the first `full` steps.
+
+        Args:
+            name: by which it is compared with that of another run; the second of a name in a step gets a number.
+            x: a tensor, or a tuple, list or dictionary of tensors.
+        """
+        if self._writer.takes_outputs:
+            self._writer.output(output(name, x))
+
     def close(self) -> None:
         """Stops recording and writes what waits."""
+        self._without_outputs()
         for hook in self._hooks:
             hook.remove()
         self._hooks = []
@@ -209,9 +227,18 @@ class Recorder:
             step.extra = {name: float(x) for name, x in extra.items() if x is not None}
 
         step = Step(0, empty_sketches(len(self._parameters)), missing, full=before.full)
+        if self._outputs is not None:
+            self._outputs.take(self._writer.output)
         self._writer.add(step, fill)
+        if not self._writer.takes_outputs:
+            self._without_outputs()
         if self._writer.is_due:
             self._flush()
+
+    def _without_outputs(self) -> None:
+        if self._outputs is not None:
+            self._outputs.remove()
+            self._outputs = None
 
     def _pieces(self, tensors: Sequence[Tensor | None]) -> list[Tensor | None]:
         """Of each parameter of the trace the tensor, or the part of it, among those of the optimizer's parameters."""
@@ -230,7 +257,7 @@ class Recorder:
             self._kept = []
         steps = self._writer.take()
         if self._world > 1 and steps:
-            _combine(steps, self._group, self._world)
+            combine(steps, self._group, self._world)
         self._writer.write(steps, complete=complete)
 
 
@@ -299,6 +326,12 @@ def parameters(
     return resolve(shapes, names, axes, own)
 
 
+def _outputs(model: Any, parameters: list[Parameter], full: int) -> Outputs:
+    if not isinstance(model, nn.Module) or full < 1:
+        raise ValueError("Invalid outputs: True (needs a model that is a module, and full of at least 1)")
+    return Outputs(model, parameters)
+
+
 def _about(optimizer: torch.optim.Optimizer, world: int) -> dict[str, Any]:
     devices = {str(p.device) for group in optimizer.param_groups for p in group["params"]}
     kind = type(optimizer)
@@ -361,37 +394,3 @@ def _global_moment(optimizer: torch.optim.Optimizer) -> Tensor | None:
 
 def _numpy(x: Any) -> Any:
     return numpy(x) if isinstance(x, Tensor) else np.asarray(x)
-
-
-def _is_first() -> bool:
-    return not (
-        torch.distributed.is_available() and torch.distributed.is_initialized() and torch.distributed.get_rank()
-    )
-
-
-def _world(group: Any) -> int:
-    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
-        return 1
-    return torch.distributed.get_world_size(group)
-
-
-def _combine(steps: Sequence[Step], group: Any, world: int) -> None:
-    """Losses and batches of all processes: means, and sums; in another order than one process would have them."""
-    told: list[Any] = [None] * world
-    torch.distributed.all_gather_object(told, [(step.loss, step.batches) for step in steps], group=group)
-    for step, parts in zip(steps, zip(*told, strict=True), strict=True):
-        losses = [loss for loss, _ in parts if loss is not None]
-        step.loss = sum(losses) / len(losses) if losses else None
-        every = [batches for _, batches in parts]
-        if all(batches == every[0] for batches in every):
-            continue  # each process has the whole batch
-        step.batches = [
-            [_joined([batches[i][k] for batches in every]) for k in range(len(every[0][i]))]
-            for i in range(min(map(len, every)))
-        ]
-
-
-def _joined(parts: Sequence[Sequence[float]]) -> list[float]:
-    """The fingerprint of an array that is divided: what does not depend on the order, and NaN."""
-    sums = [math.fsum(x) for x in zip(*(part[:4] for part in parts), strict=True)]
-    return [*sums, *[math.nan] * (len(parts[0]) - 4)]

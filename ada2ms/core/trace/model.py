@@ -13,6 +13,7 @@ from ada2ms.core.state import Axes, Extras, Names
 from ada2ms.core.state.layout import layouts
 from ada2ms.core.trace import file
 from ada2ms.core.trace.file import TraceError
+from ada2ms.core.trace.outputs import Output
 from ada2ms.core.trace.parts import Part, cut
 from ada2ms.core.trace.sketch import SUMS, WIDTH, Array, reals, sketch
 
@@ -73,6 +74,8 @@ class Step:
         extra: other numbers, such as the scale of the loss.
         full: of each of TENSORS, entries of parameters by their names: all, or a sample of `positions`; and so of
             STATISTICS.
+        outputs: of the forward pass, in the order in which they were computed; of the first steps, where they are
+            recorded.
     """
 
     number: int
@@ -85,6 +88,7 @@ class Step:
     skipped: bool = False
     extra: dict[str, float] = field(default_factory=dict)
     full: dict[str, dict[str, Array]] = field(default_factory=dict)
+    outputs: list[Output] = field(default_factory=list)
 
     def clip_gradient(self, max_norm: float, norm: float | None = None) -> None:
         """Scales what there is of the gradient as an optimizer does that clips by the norm of the whole model, so that
@@ -192,8 +196,10 @@ def _steps(contents: list[dict[str, Any]], tensors: dict[str, Array]) -> list[St
         sketches = {what: tensors[what][i].astype(np.float64) for what in TENSORS}
         if STATISTICS in tensors and not np.isnan(tensors[STATISTICS][i]).all():  # those that were told
             sketches[STATISTICS] = tensors[STATISTICS][i]
+        outputs = [Output.of(each) for each in content.pop("outputs", [])]  # which old traces have not
         full_of_step = full.get(content["number"], {})
-        steps.append(Step(sketches=sketches, missing=tensors["missing"][i], full=full_of_step, **content))
+        missing = tensors["missing"][i]
+        steps.append(Step(sketches=sketches, missing=missing, full=full_of_step, outputs=outputs, **content))
     return steps
 
 

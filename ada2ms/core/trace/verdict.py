@@ -26,6 +26,8 @@ class Verdict:
         parameters: those that part.
         kind: the cause in one or two words, for programs.
         also: what is seen besides and does not follow from the cause: of later stages, in the same step.
+        place: the first module, or whatever was recorded by this name, whose output or input differs; empty if it is
+            not known.
     """
 
     outcome: Outcome
@@ -39,6 +41,7 @@ class Verdict:
     notes: list[str] = field(default_factory=list)
     parameters: list[str] = field(default_factory=list)
     also: list[str] = field(default_factory=list)
+    place: str = ""
 
     @property
     def status(self) -> int:

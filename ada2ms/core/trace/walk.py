@@ -10,7 +10,7 @@ from collections.abc import Callable
 
 import numpy as np
 
-from ada2ms.core.trace import causes, data, settings, starts
+from ada2ms.core.trace import causes, data, places, settings, starts
 from ada2ms.core.trace.explain import spoken
 from ada2ms.core.trace.model import TENSORS, Trace
 from ada2ms.core.trace.pair import GROWTH, REPEAT, ROUNDINGS, Pair, drift, grain, relative, whole
@@ -140,6 +140,7 @@ class _Walk:
         if bad.any():
             verdict.evidence += causes.sizes(pair, "gradient", i, bad)
         verdict.evidence.append(f"rounding explains {allowed:.1e}")
+        places.place(pair, i, verdict, self.most["value"][i + 1])
         return verdict
 
     def besides(self, verdict: Verdict, i: int) -> list[str]:

@@ -1,6 +1,7 @@
 """Writes a trace while a run goes on: what all recorders share."""
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Final
 
@@ -8,6 +9,7 @@ import numpy as np
 
 from ada2ms.core.trace.file import Appender
 from ada2ms.core.trace.model import STATISTICS, TENSORS, Observed, Parameter, Step, fingerprint
+from ada2ms.core.trace.outputs import Output, numbered
 from ada2ms.core.trace.sketch import WIDTH, Array
 
 DEFAULT_FULL: Final = 3
@@ -45,6 +47,7 @@ class Writer:
         self._waiting: list[tuple[Step, list[Callable[[], float]], Callable[[Step], None] | None]] = []
         self._batches: list[list[list[float]]] = []
         self._losses: list[Callable[[], float]] = []
+        self._outputs: list[Output] = []
         self.count = 0
         self._begun = False
         self._statistics: int | None = None  # how many there are, if they are recorded
@@ -105,12 +108,22 @@ class Writer:
                 step.full[STATISTICS] = entries
 
     @property
+    def takes_outputs(self) -> bool:
+        """Whether outputs of the step that comes are kept."""
+        return self.count < self.full
+
+    def output(self, output: Output) -> None:
+        """Notes an output of the forward pass of the step that comes; another one of the same name gets a number."""
+        if self.takes_outputs:
+            self._outputs.append(replace(output, name=numbered(output.name, self._outputs)))
+
+    @property
     def has_loss(self) -> bool:
         """Whether a loss of the step that comes is noted."""
         return bool(self._losses)
 
     def add(self, step: Step, fill: Callable[[Step], None] | None = None) -> None:
-        """Adds a step, with the batches and losses noted since the last.
+        """Adds a step, with the batches, losses and outputs noted since the last.
 
         Args:
             step: of whichever number; it is given its own.
@@ -118,8 +131,9 @@ class Writer:
         """
         self.count += 1
         step.number, step.batches, step.losses = self.count, self._batches, len(self._losses)
+        step.outputs += self._outputs
         self._waiting.append((step, self._losses, fill))
-        self._batches, self._losses = [], []
+        self._batches, self._losses, self._outputs = [], [], []
 
     @property
     def is_due(self) -> bool:
@@ -153,6 +167,7 @@ class Writer:
             for what, arrays in content.pop("full").items():
                 for name, array in arrays.items():
                     tensors[f"full/{step.number}/{what}/{name}"] = array
+            content["outputs"] = [each.data() for each in step.outputs]
             del content["sketches"], content["missing"]
             contents.append(content)
         if steps:

@@ -1,0 +1,163 @@
+"""What the modules of a model are given and give in a forward pass, for traces: by forward hooks."""
+
+import dataclasses
+import weakref
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from functools import partial
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from ada2ms.core.trace import Parameter, TraceError
+from ada2ms.core.trace.outputs import MODEL, Activation, Output, activation, prefix
+from ada2ms.torch.numbers import numpy
+
+
+class Outputs:
+    """Notes the inputs and outputs of all modules of a model, from when it is made until `remove`.
+
+    A forward pass counts whose outermost module is called with gradients enabled, and not within a backward pass, where
+    checkpoints compute again what they have not kept; so evaluation under `torch.no_grad` does not. If modules were
+    called in training mode before a step, and also in evaluation mode, only the former count.
+
+    Args:
+        model: the modules.
+        parameters: of the trace, from whose neutral names those of the modules follow.
+    """
+
+    def __init__(self, model: nn.Module, parameters: Iterable[Parameter]) -> None:
+        self._passes: list[_Pass] = []  # of the step that comes
+        self._calls: list[tuple[nn.Module, list[Activation]]] = []  # that have begun and not ended, and what is given
+        self._seen: dict[int, _Seen] = {}
+        self._called = False
+        # Each is a break in the graph of a compiled module, which must not trace them.
+        disable: Any = torch.compiler.disable
+        before, after = disable(self._before), disable(self._after)
+        self._hooks = []
+        for name, module in named_modules(model, parameters):
+            self._hooks.append(module.register_forward_pre_hook(before, with_kwargs=True))
+            named = partial(after, name)
+            self._hooks.append(module.register_forward_hook(named, with_kwargs=True, always_call=True))
+
+    def take(self, note: Callable[[Output], None]) -> None:
+        """Gives the outputs since the last time.
+
+        Raises:
+            TraceError: no module has been called so far.
+        """
+        taken = [each for each in self._passes if each.training] or self._passes
+        self._called |= bool(taken)
+        if not self._called:
+            raise TraceError(
+                "No module was called before this step, with gradients enabled (with outputs=True make the recorder "
+                "before a compiled model is first called, and give it the model whose modules are called)"
+            )
+        for each in taken:
+            for output in each.outputs:
+                note(output)
+        self._passes, self._seen = [], {}
+
+    def remove(self) -> None:
+        """Takes the hooks out."""
+        for hook in self._hooks:
+            hook.remove()
+        self._hooks = []
+
+    def _before(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if not self._calls:
+            superseded = not module.training and any(each.training for each in self._passes)
+            if superseded or not torch.is_grad_enabled() or _is_in_backward():
+                return
+            self._passes.append(_Pass(module.training, []))
+        self._calls.append((module, self._read((args, kwargs))))
+
+    def _after(self, name: str, module: nn.Module, args: Any, kwargs: Any, result: Any) -> None:
+        if not any(each is module for each, _ in self._calls):
+            return
+        while (call := self._calls.pop())[0] is not module:
+            pass  # one that an error has ended
+        if found := self._read(result):
+            self._passes[-1].outputs.append(Output(name, found, call[1], module.training))
+
+    def _read(self, result: Any) -> list[Activation]:
+        """What is kept of tensors; of one that went from module to module, computed once."""
+        found = []
+        for x in _tensors(result):
+            seen = self._seen.get(id(x))
+            if seen is None or seen.tensor() is not x or seen.version != _version(x):
+                seen = self._seen[id(x)] = _Seen(weakref.ref(x), _version(x), _activation(x))
+            found.append(seen.activation)
+        return found
+
+
+class _Pass(NamedTuple):
+    """A call of an outermost module: whether in training mode, and what was computed in it."""
+
+    training: bool
+    outputs: list[Output]
+
+
+class _Seen(NamedTuple):
+    tensor: "weakref.ref[Tensor]"
+    version: int
+    activation: Activation
+
+
+def named_modules(model: nn.Module, parameters: Iterable[Parameter]) -> Iterator[tuple[str, nn.Module]]:
+    """Modules by what the neutral names of their own parameters begin with; of others by their paths."""
+    neutral: dict[str, list[str]] = {}
+    for p in parameters:
+        neutral.setdefault(p.own, []).append(p.name)
+    taken: set[str] = set()
+    for path, module in model.named_modules():
+        own = [f"{path}.{name}" if path else name for name, _ in module.named_parameters(recurse=False)]
+        name = prefix([each for name in own for each in neutral.get(name, [])])
+        yield (name if name and name not in taken else path or MODEL), module
+        taken.add(name)
+
+
+def _is_in_backward() -> bool:
+    # torch has no public way to ask this; its own checkpoints ask so.
+    return bool(torch._C._current_graph_task_id() != -1)
+
+
+def _tensors(x: Any) -> Iterator[Tensor]:
+    """Those in tuples, lists, mappings by the order of their keys, and dataclasses; but no nested ones."""
+    if isinstance(x, Tensor):
+        if not x.is_nested:
+            yield x
+    elif isinstance(x, Mapping):
+        for key in sorted(x, key=str):
+            yield from _tensors(x[key])
+    elif isinstance(x, (tuple, list)):
+        for each in x:
+            yield from _tensors(each)
+    elif dataclasses.is_dataclass(x) and not isinstance(x, type):
+        for each in dataclasses.fields(x):
+            yield from _tensors(getattr(x, each.name))
+
+
+def _version(x: Tensor) -> int:
+    """How often it was written to; tensors of inference mode do not count."""
+    return -1 if x.is_inference() else x._version
+
+
+def _activation(x: Tensor) -> Activation:
+    whole = x.full_tensor() if hasattr(x, "full_tensor") else x
+    try:
+        array = numpy(whole)
+    except (RuntimeError, NotImplementedError) as error:
+        raise TraceError(
+            f"The output of a module has no numbers to read ({type(x).__name__} on {x.device}): within torch.func and "
+            "on the meta device, record without outputs=True"
+        ) from error
+    return activation(array, str(x.dtype).removeprefix("torch."))
+
+
+def output(name: str, x: Any) -> Output:
+    """Of what a user records."""
+    tensors = list(_tensors(x))
+    if not tensors:
+        raise TypeError(f"Invalid x: {type(x).__name__} (must be a tensor, or a tuple, list or dictionary of tensors)")
+    return Output(name, [_activation(each) for each in tensors])
