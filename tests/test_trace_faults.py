@@ -28,6 +28,7 @@ def test_a_fault_is_found_where_it_is(fault: Fault) -> None:
     assert found.status == 1
     assert fault.also in "; ".join(found.also)
     assert bool(found.also) == bool(fault.also), found
+    assert found.place == fault.place, found
     assert found.look, "it proposes nothing to look at"
     assert (twin.outcome, twin.status, twin.stage) == ("only rounding", 0, ""), twin
     assert "rounding explains" in str(twin)
@@ -52,6 +53,13 @@ def test_without_its_detector_a_fault_is_not_found(fault: Fault, monkeypatch: py
     monkeypatch.setattr(*DETECTORS[stage], lambda *_: None)
     found, _ = verdicts(fault)
     assert (found.stage, found.kind) != (fault.stage, fault.kind)
+
+
+@pytest.mark.parametrize("fault", parameters([fault for fault in FAULTS if fault.quick and fault.place]))
+def test_without_what_places_it_a_fault_is_found_and_not_located(fault: Fault, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(walk.places, "place", lambda *_: None)
+    found, _ = verdicts(fault)
+    assert (found.stage, found.kind, found.place) == (fault.stage, fault.kind, "")
 
 
 NAMERS: dict[str, tuple[object, str, object]] = {  # what gives a cause its name, and what says that it is not that

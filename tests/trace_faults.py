@@ -15,7 +15,9 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+import trace_attention
 import trace_training as training
+from trace_faults_forward import forward
 from trace_faults_more import more
 
 from ada2ms.core.trace import Trace, Verdict, diff
@@ -37,6 +39,8 @@ class Fault:
         base_a, base_b: of one.
         quick: whether `make test` has it.
         also: what is said besides.
+        place: what is named as the first that differs in the forward pass.
+        script: what is trained, "training" or "attention".
     """
 
     name: str
@@ -51,6 +55,8 @@ class Fault:
     base_b: dict[str, Any] = field(default_factory=dict)
     quick: bool = False
     also: str = ""
+    place: str = ""
+    script: str = "training"
 
 
 def adamw(**options: Any) -> Callable[[Any], Any]:
@@ -140,6 +146,7 @@ OURS_KERAS = {"optimizer": Lazy(keras_optimizer, "Ada2MS", adaptivity=1.0, weigh
 SGD = {"optimizer": other("SGD", momentum=0.9)}
 UNTOLD: dict[str, Any] = {"optimizer": Lazy(optax_adamw), "hyper": None}
 WIDE = {"norm_eps": 1e-3}  # Keras' own
+OUTPUTS = {"outputs": True}
 
 FAULTS = [
     Fault("weights of another seed", "start", "initial values", {"seed": 3}, quick=True),
@@ -153,10 +160,18 @@ FAULTS = [
     Fault("a step left out", "data", "skipped step", {"skip": 3}, step=4, quick=True),
     Fault("a loss that is summed", "forward", "reduction", {"reduction": "sum"}, quick=True),
     Fault("a penalty in the reported loss alone", "forward", "only the loss", {"report": lambda x: x + 0.1}),
-    Fault("dropout left on", "forward", "everything", {"dropout": 0.1}),
-    Fault("ReLU for tanh", "forward", "everything", {"activation": "relu"}),
-    Fault("label smoothing", "forward", "everything", {"smoothing": 0.1}),
-    Fault("another epsilon in LayerNorm", "forward", "everything", {"norm_eps": 1e-3}),
+    Fault("dropout left on", "forward", "everything", {"dropout": 0.1}, base=OUTPUTS, place="2.dense"),
+    Fault("ReLU for tanh", "forward", "everything", {"activation": "relu"}, base=OUTPUTS, place="2.dense"),
+    Fault("label smoothing", "forward", "everything", {"smoothing": 0.1}, base=OUTPUTS),
+    Fault(
+        "another epsilon in LayerNorm",
+        "forward",
+        "everything",
+        {"norm_eps": 1e-3},
+        base=OUTPUTS,
+        place="1.norm",
+        quick=True,
+    ),
     Fault("autocast to bfloat16", "forward", "precision", {"autocast": True}, quick=True),
     Fault("a loss scale that stays in", "gradient", "factor", {"scale": 1024.0}),
     Fault(
@@ -225,8 +240,10 @@ FAULTS = [
         {"norm_eps": 1e-3},
         a="jax",
         b="keras",
+        base=OUTPUTS,
         base_a={"norm_eps": 1e-5},
         base_b={**OURS_KERAS, "norm_eps": 1e-5},
+        place="1.norm",
     ),
     Fault(
         "a loss that is summed",
@@ -280,15 +297,15 @@ FAULTS = [
     ),
 ]
 
-FAULTS += more(Fault, adamw, other, Lazy)
+FAULTS += more(Fault, adamw, other, Lazy) + forward(Fault, OURS_KERAS)
 FOLDER = tempfile.TemporaryDirectory()
 
 
 @cache
-def _run(framework: str, key: str, options: Any) -> Trace:
-    train = {"torch": training.train_torch, "jax": training.train_jax, "keras": training.train_keras}[framework]
+def _run(script: str, framework: str, key: str, options: Any) -> Trace:
+    module = {"training": training, "attention": trace_attention}[script]
     given = {name: x() if isinstance(x, Lazy) else x for name, x in options.given.items()}
-    return Trace.load(train(Path(FOLDER.name) / "run", **given))
+    return Trace.load(getattr(module, f"train_{framework}")(Path(FOLDER.name) / "run", **given))
 
 
 class _Options:
@@ -304,18 +321,18 @@ class _Options:
         return isinstance(other, _Options)
 
 
-def trace(framework: str, given: dict[str, Any]) -> Trace:
+def trace(framework: str, given: dict[str, Any], script: str = "training") -> Trace:
     """The trace of a script; scripts with the same options run once."""
-    return _run(framework, repr(sorted(given.items(), key=str)), _Options(given))
+    return _run(script, framework, repr(sorted(given.items(), key=str)), _Options(given))
 
 
 def verdicts(fault: Fault) -> tuple[Verdict, Verdict]:
     """Of the fault, and of its twin."""
-    a = trace(fault.a, {**fault.base, **fault.base_a})
+    a = trace(fault.a, {**fault.base, **fault.base_a}, fault.script)
     base = {**fault.base, **fault.base_b}
     if fault.a == fault.b:  # other rounding in B: the samples of each batch in another order
         base["data"] = {"within": True}
-    return diff(a, trace(fault.b, {**base, **fault.change})), diff(a, trace(fault.b, base))
+    return diff(a, trace(fault.b, {**base, **fault.change}, fault.script)), diff(a, trace(fault.b, base, fault.script))
 
 
 def table() -> str:

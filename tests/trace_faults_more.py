@@ -262,8 +262,15 @@ def _around(fault: Any, adamw: Any, other: Any, lazy: Any) -> list[Any]:
     summed = {"optimizer": lazy(optax_steps, 2, mean=False), "hyper": HYPER, "halves": 2}
     return [
         fault("the head of another initialisation", "start", "initial values", {"start": other_head}),
-        fault("one layer in bfloat16", "forward", "precision", {"narrow": "0"}, quick=True),
-        fault("GELU by tanh", "forward", "everything", {"activation": "gelu by tanh"}, base={"activation": "gelu"}),
+        fault(
+            "one layer in bfloat16",
+            "forward",
+            "precision",
+            {"narrow": "0"},
+            base={"outputs": True},
+            quick=True,
+            place="0.dense",
+        ),
         fault("weights replaced by their moving average", "value", "changed outside", {"after": averaged}, step=3),
         fault("the count of steps lost at step 6", "update", "factor", {"after": recounted}, step=6, quick=True),
         fault(

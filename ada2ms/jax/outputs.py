@@ -15,7 +15,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from ada2ms.core.trace import Step
+from ada2ms.core.trace import Step, TraceError
 from ada2ms.core.trace.model import flattened
 from ada2ms.core.trace.outputs import Output, activation, numbered
 
@@ -41,7 +41,14 @@ class Outputs:
         return self._places > 0
 
     def send(self, name: str, arrays: Sequence[jax.Array]) -> None:
-        """Sends arrays to the host when the program is run, until so many steps have been recorded."""
+        """Sends arrays to the host when the program is run, until so many steps have been recorded.
+
+        Raises:
+            TraceError: within `shard_map` or `pmap`, where each device has an array of its own.
+        """
+        mesh = jax.sharding.get_abstract_mesh()
+        if any(mesh.shape[axis] > 1 for axis in mesh.manual_axes):
+            raise TraceError("Outputs cannot be recorded within jax.shard_map or jax.pmap: tell them outside, in jit")
         self._places += 1
         _sender(self._wanted, partial(self._take, self._places, name))(*map(jax.lax.stop_gradient, arrays))
 

@@ -3,7 +3,6 @@
 Keras has no hooks. So while steps are recorded, each layer has a `call` of its own around that of its class.
 """
 
-import inspect
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
 
@@ -18,16 +17,20 @@ from ada2ms.core.trace.outputs import MODEL, Activation, Output, activation, pre
 class Outputs:
     """Notes the inputs and outputs of the layers of a model, from when it is made until `remove`.
 
-    If layers were called with `training=True` before a step, calls without it do not count, but of layers that have no
-    such argument. Of a layer with an activation function of its own, such as `Dense(8, "relu")`, the output is what it
-    gives to that function, which is a module of its own elsewhere.
+    If a layer was called with `training=True` before a step, its calls without it do not count; those with
+    `training=False` only if there are no others. Of a layer with an activation function of its own, such as
+    `Dense(8, "relu")`, the output is what it gives to that function, which is a module of its own elsewhere.
 
     Args:
         model: the layers.
         parameters: of the trace, from whose neutral names those of the layers follow.
+
+    Attributes:
+        is_open: whether calls are looked at.
     """
 
     def __init__(self, model: keras.Model, parameters: Iterable[Parameter]) -> None:
+        self.is_open = True
         self._passes: list[_Pass] = []  # of the step that comes
         self._depth = 0
         self._seen: dict[int, tuple[Any, Activation]] = {}  # of a pass
@@ -44,8 +47,9 @@ class Outputs:
         Raises:
             TraceError: no layer has been called so far.
         """
-        trained = any(each.training for each in self._passes)
-        taken = [each for each in self._passes if not trained or each.training is not False]
+        trained = {id(each.layer) for each in self._passes if each.training}
+        counts = [each.training or (each.training is None and id(each.layer) not in trained) for each in self._passes]
+        taken = [each for each, does in zip(self._passes, counts, strict=True) if does] or self._passes
         self._called |= any(each.outputs for each in taken)
         if not self._called:
             raise TraceError(
@@ -67,12 +71,13 @@ class Outputs:
         self._wrapped = []
 
     def _around(self, name: str, layer: keras.Layer, call: Callable[..., Any]) -> Callable[..., Any]:
-        has_mode = "training" in inspect.signature(call).parameters
         function = getattr(layer, "activation", None) if layer.weights and not _is_recurrent(layer) else None
 
         def observed(*args: Any, **kwargs: Any) -> Any:
             if not self._depth:
-                self._passes.append(_Pass(bool(kwargs.get("training")) if has_mode else None, []))
+                if not (self.is_open and _is_differentiated()):
+                    return call(*args, **kwargs)
+                self._passes.append(_Pass(layer, kwargs.get("training"), []))
             current, given = self._passes[-1], self._read((args, kwargs))
             inside: list[Any] = []  # what the layer's own activation function is given
             self._depth += 1
@@ -106,8 +111,9 @@ class Outputs:
 
 
 class _Pass(NamedTuple):
-    """A call of an outermost layer: whether for training, if that is known, and what was computed in it."""
+    """A call of an outermost layer: whether for training, if that was said, and what was computed in it."""
 
+    layer: keras.Layer
     training: bool | None
     outputs: list[Output]
 
@@ -163,6 +169,15 @@ def _tensors(x: Any) -> Iterator[Any]:
             yield from _tensors(each)
     elif (ops.is_tensor(x) and not isinstance(x, keras.KerasTensor)) or isinstance(x, np.ndarray):
         yield x
+
+
+def _is_differentiated() -> bool:
+    """Whether a gradient may be wanted; on torch it is not where Keras builds a model, which there has values, too."""
+    if keras.backend.backend() != "torch":
+        return True
+    import torch
+
+    return torch.is_grad_enabled()
 
 
 def _values(x: Any) -> Any:

@@ -160,6 +160,16 @@ class Recorder(keras.callbacks.Callback):  # type: ignore[misc]
             self._in_fit = False
             del self._model.compute_loss
 
+    def on_test_begin(self, logs: dict[str, Any] | None = None) -> None:
+        """Does not look at the forward passes of validation."""
+        if self._outputs is not None:
+            self._outputs.is_open = False
+
+    def on_test_end(self, logs: dict[str, Any] | None = None) -> None:
+        """Looks at forward passes again."""
+        if self._outputs is not None:
+            self._outputs.is_open = True
+
     def on_train_batch_end(self, batch: int, logs: dict[str, Any] | None = None) -> None:
         """Notes statistics where variables have them only now."""
         if self._moving and keras.backend.backend() == "jax":

@@ -18,8 +18,8 @@ class Outputs:
     """Notes the inputs and outputs of all modules of a model, from when it is made until `remove`.
 
     A forward pass counts whose outermost module is called with gradients enabled, and not within a backward pass, where
-    checkpoints compute again what they have not kept; so evaluation under `torch.no_grad` does not. If modules were
-    called in training mode before a step, and also in evaluation mode, only the former count.
+    checkpoints compute again what they have not kept; so evaluation under `torch.no_grad` does not. If a module was
+    called in training mode before a step, its calls in evaluation mode do not count.
 
     Args:
         model: the modules.
@@ -46,7 +46,8 @@ class Outputs:
         Raises:
             TraceError: no module has been called so far.
         """
-        taken = [each for each in self._passes if each.training] or self._passes
+        trained = {id(each.module) for each in self._passes if each.training}
+        taken = [each for each in self._passes if each.training or id(each.module) not in trained]
         self._called |= bool(taken)
         if not self._called:
             raise TraceError(
@@ -66,10 +67,9 @@ class Outputs:
 
     def _before(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if not self._calls:
-            superseded = not module.training and any(each.training for each in self._passes)
-            if superseded or not torch.is_grad_enabled() or _is_in_backward():
+            if not torch.is_grad_enabled() or _is_in_backward():
                 return
-            self._passes.append(_Pass(module.training, []))
+            self._passes.append(_Pass(module, module.training, []))
         self._calls.append((module, self._read((args, kwargs))))
 
     def _after(self, name: str, module: nn.Module, args: Any, kwargs: Any, result: Any) -> None:
@@ -94,6 +94,7 @@ class Outputs:
 class _Pass(NamedTuple):
     """A call of an outermost module: whether in training mode, and what was computed in it."""
 
+    module: nn.Module
     training: bool
     outputs: list[Output]
 
@@ -145,14 +146,13 @@ def _version(x: Tensor) -> int:
 
 def _activation(x: Tensor) -> Activation:
     whole = x.full_tensor() if hasattr(x, "full_tensor") else x
-    try:
-        array = numpy(whole)
-    except (RuntimeError, NotImplementedError) as error:
+    # torch has no public way to ask whether a tensor is one of torch.func, whose numbers are within another.
+    if whole.is_meta or type(whole).__name__ == "FakeTensor" or torch._C._functorch.is_functorch_wrapped_tensor(whole):
         raise TraceError(
-            f"The output of a module has no numbers to read ({type(x).__name__} on {x.device}): within torch.func and "
-            "on the meta device, record without outputs=True"
-        ) from error
-    return activation(array, str(x.dtype).removeprefix("torch."))
+            f"The outputs of modules cannot be read within torch.func, on the meta device, or of fake tensors (here "
+            f"of shape {tuple(x.shape)}): call the model so outside of the recorder, or record without outputs=True"
+        )
+    return activation(numpy(whole), str(x.dtype).removeprefix("torch."))
 
 
 def output(name: str, x: Any) -> Output:

@@ -93,12 +93,13 @@ class Recorder:
         outputs: bool = False,
     ) -> None:
         optimizer = _unwrapped(optimizer)
-        own = named(model)
+        inner, own = _inner(model), named(model)
+        if outputs and (full == 0 or not isinstance(inner, nn.Module)):
+            raise ValueError("Invalid outputs: True (needs a model that is a module, and full of at least 1)")
         self._group, self._world = group, world_size(group)
         self._params = [p for each in optimizer.param_groups for p in each["params"]]
         self._parameters = parameters(own, optimizer, names, axes)
         self._writer = Writer(path if is_first() else None, full=full, entries=entries, flush=flush)
-        inner = _inner(model)
         buffers = Buffers(inner, extras, axes) if isinstance(inner, nn.Module) else None
         self._buffers = buffers if buffers and buffers.parameters else None
         start = (buffers.parameters, buffers.observed(entries)) if buffers else ()
@@ -109,7 +110,7 @@ class Recorder:
         self._kept: list[Tensor] = []  # sums of the steps that wait, on their device
         self._fetched: Iterator[NDArray[Any]] = iter(())  # and as they are written
         self._open: _Before | None = None
-        self._outputs = _outputs(inner, self._parameters, full) if outputs else None
+        self._outputs = Outputs(inner, self._parameters) if outputs else None
         self._hooks = [
             optimizer.register_step_pre_hook(self._before),
             optimizer.register_step_post_hook(self._after),
@@ -324,12 +325,6 @@ def parameters(
     if unknown:
         raise TraceError(f"The optimizer has {unknown} parameters that the model has not (give the model it is over)")
     return resolve(shapes, names, axes, own)
-
-
-def _outputs(model: Any, parameters: list[Parameter], full: int) -> Outputs:
-    if not isinstance(model, nn.Module) or full < 1:
-        raise ValueError("Invalid outputs: True (needs a model that is a module, and full of at least 1)")
-    return Outputs(model, parameters)
 
 
 def _about(optimizer: torch.optim.Optimizer, world: int) -> dict[str, Any]:

@@ -41,7 +41,8 @@ class _Seen:
         return self.of[0].name
 
     def floor(self, arithmetic: float) -> float:
-        """What rounding to the finer type of both explains: of 16 bits once or twice, of wider ones in long sums."""
+        """What rounding explains in the arithmetic, or the finer type of both: of 16 bits, to which sums are rounded at
+        their end, a few roundings; of wider ones, in which they are summed, more."""
         finer = max(arithmetic, min(precision(x.dtype) for x in self.arrays))
         return (ROUNDINGS if finer > _NARROW else GROWTH) * finer
 
@@ -71,7 +72,7 @@ def place(pair: Pair, i: int, verdict: Verdict, drift: float) -> None:
         shapes = " and ".join(str(output.arrays[0].shape) for output in common[0] if output.arrays)
         verdict.notes.append(f"outputs have other sizes, that of {common[0][0].name} {shapes}, and are not compared")
         return
-    k = _first(seen, pair.yardstick.arithmetic if pair.yardstick.arithmetic > _NARROW else 0.0, drift)
+    k = _first(seen, pair.yardstick.arithmetic, drift)
     if k is None:
         _agreeing(seen, verdict)
     else:
@@ -112,7 +113,7 @@ def _first(seen: list[_Seen], arithmetic: float, drift: float) -> int | None:
 
     Args:
         seen: by the order of A.
-        arithmetic: half an ulp of arithmetic in 16 bits; 0 if it is in wider types.
+        arithmetic: half an ulp of it.
         drift: how far apart values are, from which it begins.
     """
     most, sized = drift, None

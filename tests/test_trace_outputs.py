@@ -1,0 +1,283 @@
+"""Outputs in traces: what is kept of them, how far apart two are, and which is named as the first that differs."""
+
+import json
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from ada2ms.cli import main
+from ada2ms.core.trace import Parameter, Step, Trace, Verdict, Writer, diff, outputs, places
+from ada2ms.core.trace.model import TENSORS
+from ada2ms.core.trace.outputs import MODEL, Output, activation, apart, joined, prefix
+from ada2ms.core.trace.sketch import sketch
+
+PARAMETERS = [Parameter("a", "a", (2, 3), "float32"), Parameter("b", "b", (4,), "float32")]
+RNG = np.random.default_rng(0)
+IMAGES = RNG.normal(size=(6, 5, 4, 3)).astype(np.float32) + 0.3  # channels last
+WAYS: dict[str, tuple[Callable[[Any], Any], dict[str, bool]]] = {  # the same numbers in another order
+    "as it is": (lambda x: x, {}),
+    "channels first": (lambda x: x.transpose(0, 3, 1, 2), {}),
+    "time before samples": (lambda x: x.swapaxes(0, 1), {}),
+    "axes of size 1": (lambda x: x[:, None, ..., None], {}),
+    "flattened by channels first": (lambda x: x.transpose(0, 3, 1, 2).reshape(len(x), -1), {}),
+    "samples in another order": (lambda x: x[::-1], {"same_order": False}),
+    "all axes together": (lambda x: x.reshape(-1), {}),
+}
+
+
+def between(x: Any, y: Any, **how: bool) -> float:
+    found = apart(activation(x), activation(y), **{"same_layout": False, "same_order": True, **how})
+    assert found is not None
+    return found
+
+
+@pytest.mark.parametrize("name", WAYS)
+def test_the_same_numbers_in_another_order_are_not_apart(name: str) -> None:
+    way, how = WAYS[name]
+    assert between(IMAGES, way(IMAGES), **how) < 1e-14
+
+
+@pytest.mark.parametrize("name", WAYS)
+@pytest.mark.parametrize("size", [1e-6, 1e-3, 1.0])
+def test_what_differs_is_apart_in_any_order_and_not_by_more(name: str, size: float) -> None:
+    """By the sketches within a factor of about 2, else a lower bound; here of a factor, which all sums see."""
+    way, how = WAYS[name]
+    other = IMAGES.astype(np.float64) * (1 + size)
+    assert 0.2 * size < between(IMAGES, way(other), **how) < 2 * size
+    noisy = IMAGES + size * RNG.normal(size=IMAGES.shape)
+    true = float(np.linalg.norm(noisy - IMAGES) / max(np.linalg.norm(noisy), np.linalg.norm(IMAGES)))
+    assert 1e-4 * size < between(IMAGES, way(noisy), **how) < 3 * true
+
+
+def test_by_sums_the_estimates_are_lower_bounds() -> None:
+    """Of totals and squares exactly; of signed sums on average, within a factor of 2."""
+    for seed in range(20):
+        rng = np.random.default_rng(seed)
+        x = rng.normal(size=(8, 30)) + rng.normal()
+        y = x + 0.1 * rng.normal(size=x.shape) * rng.integers(0, 2, 30)
+        true = np.linalg.norm(x - y) / max(np.linalg.norm(x), np.linalg.norm(y))
+        assert between(x, y[::-1], same_order=False) < 2 * true
+        assert between(x, y.reshape(-1)) < true
+
+
+def test_a_layout_that_is_known_is_the_only_one_that_counts() -> None:
+    """In one framework the same shape is the same layout: then a transposed square is another array."""
+    square = RNG.normal(size=(4, 7, 7))
+    turned = square.transpose(0, 2, 1)
+    assert between(square, turned) < 1e-14
+    assert between(square, turned, same_layout=True) > 0.5
+    assert between(square, square[:, ::-1]) > 0.5, "places within samples"
+    assert between(square[:, :, :6], square[:, ::-1, :6]) > 0.5
+    assert between(square, square[::-1]) > 0.5, "samples"
+
+
+def test_arrays_of_other_sizes_and_such_as_are_not_finite() -> None:
+    other = {"same_layout": False, "same_order": True}
+    assert apart(activation(IMAGES), activation(IMAGES[:, :4]), **other) is None
+    broken = IMAGES.copy()
+    broken[0, 0] = np.nan
+    assert between(IMAGES, broken) == math.inf
+    assert between(broken, broken * 2) == 0
+    assert between(np.zeros((3, 4)), np.zeros((3, 4))) == 0
+    assert between(np.zeros((0, 4)), np.zeros((0, 4))) == 0
+    assert between(np.zeros((3, 4)), np.ones((3, 4))) > 0.2
+    assert between(np.float32(2.0), np.float32([2.0])) == 0
+
+
+@pytest.mark.parametrize("shape", [(700, 3), (3, 700), (5, 40, 7), (4097,)], ids=str)
+def test_large_arrays_are_summed_piece_by_piece(shape: tuple[int, ...], monkeypatch: pytest.MonkeyPatch) -> None:
+    x = RNG.normal(size=shape).astype(np.float32)
+    whole = activation(x)
+    monkeypatch.setattr(outputs, "_CHUNK", 64)
+    pieces = activation(x)
+    for what in ("total", "samples", "pooled", "sketches"):
+        expected = np.array(getattr(whole, what))
+        assert np.allclose(getattr(pieces, what), expected, rtol=1e-12, atol=1e-11 * np.square(x).sum())
+    assert whole.total == pytest.approx([x.sum(dtype=np.float64), np.square(x, dtype=np.float64).sum()], rel=1e-12)
+
+
+def test_types() -> None:
+    """16 bits by their name; complex numbers as pairs; whole numbers; and what holds no numbers is refused."""
+    ml_dtypes = pytest.importorskip("ml_dtypes")
+    narrow = IMAGES.astype(ml_dtypes.bfloat16)
+    assert activation(narrow).dtype == "bfloat16"
+    assert between(narrow, narrow.astype(np.float32)) == 0
+    assert activation(narrow.astype(np.float32), "bfloat16").dtype == "bfloat16"
+    z = IMAGES + 1j * IMAGES[::-1]
+    assert activation(z).norm == pytest.approx(float(np.linalg.norm(z)), rel=1e-6)
+    assert not activation(np.arange(4)).is_floating
+    with pytest.raises(TypeError, match="must be arrays of numbers"):
+        activation(np.array(["a"]))
+
+
+def test_what_processes_have_adds_up() -> None:
+    half = [[Output("a", [activation(part)]), Output(f"only {k}", [])] for k, part in enumerate(np.split(IMAGES, 2))]
+    (found,) = joined(half)
+    assert (found.name, found.arrays[0].shape) == ("a", list(IMAGES.shape))
+    how: dict[str, bool] = {"same_layout": True, "same_order": True}
+    assert (apart(found.arrays[0], activation(IMAGES), **how) or 0) < 1e-14
+    assert (apart(found.arrays[0], activation(IMAGES * 1.001), **how) or 0) > 4e-4
+    same = [Output("a", [activation(IMAGES)])]
+    assert joined([same, same]) == same, "each has the whole"
+
+
+def test_names_of_modules_follow_from_their_parameters() -> None:
+    assert prefix(["1.norm.scale", "1.norm.bias"]) == "1.norm"
+    assert prefix(["3.attention.query.kernel", "3.attention.out.bias"]) == "3.attention"
+    assert prefix(["1.norm.scale", "2.dense.kernel"]) == prefix(["scale"]) == prefix([]) == ""
+
+
+Given = dict[str, Any] | list[tuple[str, Any]]
+
+
+def run(path: Path, given: Given, loss: float = 1.0, noise: float = 0.0, full: int = 3, **more: Any) -> Trace:
+    """A trace of one step with these outputs, arrays by name, and with gradients that have so much noise."""
+    writer = Writer(path, full=full)
+    writer.begin({"framework": more.pop("framework", "none")}, PARAMETERS)
+    writer.loss(lambda: loss)
+    for name, x in given.items() if isinstance(given, dict) else given:
+        options = dict(more)
+        if isinstance(x, tuple):
+            x, before = x
+            options["inputs"] = [activation(before)]
+        arrays = [activation(x)] if hasattr(x, "shape") else []
+        writer.output(Output(name, arrays, **options))
+    rng = np.random.default_rng(9)
+    values = [rng.normal(size=(5, *p.shape)) for p in PARAMETERS]
+    sketches = [np.array([sketch(x[k] + noise * x[4]) for x in values]) for k, noise in ((0, 0), (1, noise), (2, 0))]
+    writer.add(Step(1, dict(zip(TENSORS, sketches, strict=True)), np.zeros(len(PARAMETERS), bool)))
+    writer.close()
+    return Trace.load(path)
+
+
+def chain(**factors: float) -> dict[str, Any]:
+    """Four outputs, those that are named and all after them multiplied."""
+    found, by = {}, 1.0
+    for k, name in enumerate("abcd"):
+        by *= factors.get(name, 1.0)
+        found[name] = (np.random.default_rng(k).normal(size=(6, 8)) * by).astype(np.float64)
+    return found
+
+
+def parted(tmp_path: Path, a: Given, b: Given, **more: Any) -> Verdict:
+    found = diff(run(tmp_path / "a", a), run(tmp_path / "b", b, loss=1.1, noise=1.0, **more))
+    assert (found.outcome, found.stage, found.kind) == ("parted", "forward", "everything"), found
+    return found
+
+
+def test_outputs_are_read_as_they_were_written_and_only_of_the_first_steps(tmp_path: Path) -> None:
+    x = RNG.normal(size=(2, 3))
+    trace = run(tmp_path / "a", [("h", (x, x)), ("h", x), ("h", x)], training=True)
+    assert [each.name for each in trace.steps[0].outputs] == ["h", "h (2)", "h (3)"]
+    assert trace.steps[0].outputs[0] == Output("h", [activation(x)], [activation(x)], True)
+    assert not run(tmp_path / "b", chain(), full=0).steps[0].outputs
+    old = Trace.load(Path(__file__).parent / "data" / "trace-before-statistics.trace")
+    assert not any(each.outputs for each in old.steps)
+
+
+def test_the_first_that_differs_is_named(tmp_path: Path) -> None:
+    found = parted(tmp_path, chain(), chain(c=1.01))
+    assert found.place == "c"
+    assert "the output of c is the first to differ (by " in found.cause
+    assert "; that of b, before it, agrees" in found.cause
+    assert json.loads(json.dumps(found.data()))["place"] == "c"
+    assert found.look[0] == "c, and what lies between b and it"
+    assert parted(tmp_path, chain(), chain(a=1.01)).place == "a"
+
+
+def test_rounding_that_grows_is_not_named_and_a_jump_is(tmp_path: Path) -> None:
+    """A jump that is small beside what it grows to, and beside what is far below any bound of a gradient."""
+    growing = chain(a=1 + 1e-7, b=1 + 1e-6, c=1 + 1e-5, d=1 + 1e-4)
+    found = parted(tmp_path, chain(), growing)
+    assert not found.place
+    assert "all outputs agree, the last is that of d" in found.cause
+    assert parted(tmp_path, chain(), chain(b=1 + 1e-5, c=1 + 1e-4)).place == "b"
+    assert parted(tmp_path, chain(), chain(a=1 + 1e-7, c=1 + 1e-5)).place == "c"
+
+
+def test_what_a_module_is_given_tells_it_from_what_lies_before(tmp_path: Path) -> None:
+    def pairs(at: str, inside: bool) -> dict[str, Any]:
+        here, there = chain(), chain(**{at: 1.01})
+        found = {}
+        for name, before in zip("abcd", "-abc", strict=True):
+            given = (here if before < at else there).get(before, IMAGES)
+            found[name] = there[name], given * (1.01 if name == at and not inside else 1)
+        return found
+
+    found = parted(tmp_path, pairs("-", True), pairs("c", True))
+    assert found.place == "c"
+    assert "the output of c is the first to differ" in found.cause
+    assert found.cause.endswith(", what it is given agrees")
+    assert found.look[0].startswith("c itself")
+    found = parted(tmp_path, pairs("-", True), pairs("c", False))
+    assert "what c is given is the first to differ" in found.cause
+    assert found.cause.endswith(", and the output of b, before it, agrees")
+    assert found.look[0] == "what lies between b and c"
+
+
+def test_other_sizes_count_where_nothing_after_them_agrees(tmp_path: Path) -> None:
+    a, b = chain(), chain()
+    b["b"] = b["b"][:, :7]
+    assert not parted(tmp_path, a, b).place, "what c gives agrees again"
+    b |= {name: x for name, x in chain(c=1.01).items() if name != "b"}
+    found = parted(tmp_path, a, b)
+    assert found.place == "b"
+    assert "of shape [6, 8] in A and [6, 7] in B" in found.cause
+    found = parted(tmp_path, a, {name: x[:3] for name, x in a.items()})
+    assert not found.place
+    assert any("other sizes" in note for note in found.notes)
+
+
+def test_names_types_and_modes(tmp_path: Path) -> None:
+    """What only one run has is said where it lies between; other types and modes with what differs."""
+    a, b = chain(), chain(c=1.01)
+    there = [*list(b.items())[:2], ("extra", b["c"]), *list(b.items())[2:]]
+    assert "the modules that one run alone has recorded there: extra in B" in parted(tmp_path, a, there).look
+    found = parted(tmp_path, a, {f"B.{name}": x for name, x in b.items()})
+    assert not found.place
+    assert any("A's first is 'a', B's 'B.a'" in note for note in found.notes)
+    found = parted(tmp_path, a, {name: x.astype(np.float16) for name, x in a.items()})
+    assert found.place == "a"
+    assert "float64 in A and float16 in B" in found.cause
+    a_trace = run(tmp_path / "a", a, training=False)
+    found = diff(a_trace, run(tmp_path / "b", b, loss=1.1, noise=1.0, training=True))
+    assert "c is in training mode in B alone" in found.evidence
+
+
+def test_where_nothing_was_recorded_it_says_how(tmp_path: Path) -> None:
+    found = parted(tmp_path, {}, {})
+    (look,) = [each for each in found.look if "outputs=True" in each]
+    assert look.startswith("record both with outputs=True (torch, Keras) or recorder.output(name, x): the first")
+    assert any(each.startswith("record B with") for each in parted(tmp_path, chain(), {}).look)
+    found = parted(tmp_path, chain(), chain(), full=0)
+    assert any(each.startswith("record B with") and ", with full=1:" in each for each in found.look)
+
+
+def test_outputs_alone_part_nothing(tmp_path: Path) -> None:
+    """They are evidence where a loss or gradients have parted; by themselves they are none."""
+    found = diff(run(tmp_path / "a", chain()), run(tmp_path / "b", chain(b=2.0)))
+    assert found.outcome == "only rounding", found
+    assert not found.place
+
+
+def test_show_lists_them(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run(tmp_path / "a", {"1.norm": np.zeros((2, 3)), MODEL: np.zeros((2, 1), np.float32)})
+    assert main(["trace", "show", str(tmp_path / "a")]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert any(line.split() == ["1.norm", "(2,", "3)", "float64", "output"] for line in lines), lines
+    assert main(["trace", "show", str(tmp_path / "a"), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["outputs"] == {
+        "1.norm": [[[2, 3], "float64"]],
+        MODEL: [[[2, 1], "float32"]],
+    }
+
+
+def test_without_what_tells_growth_another_place_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """So that a place is not right by accident."""
+    assert parted(tmp_path, chain(), chain(a=1 + 1e-6, c=1 + 1e-4)).place == "c"
+    monkeypatch.setattr(places, "GROWTH", 1.0)
+    assert parted(tmp_path, chain(), chain(a=1 + 1e-6, c=1 + 1e-4)).place == "a"
