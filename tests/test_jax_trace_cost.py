@@ -124,7 +124,7 @@ def test_sums_in_cpp_are_those_of_numpy(in_cpp: None, dtype: str) -> None:
         assert np.abs(row[1:] - expected[1:]).max() <= bound
 
 
-@pytest.mark.parametrize("around", ["jit", *slow("scan", "multi", "none")])
+@pytest.mark.parametrize("around", ["jit", *slow("scan", "multi", "none", "disable_jit")])
 def test_a_recorder_by_cpp_sees_what_another_sees(
     in_cpp: None, around: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -145,8 +145,9 @@ def test_a_recorder_by_cpp_sees_what_another_sees(
                 jax.jit(lambda c, x: jax.lax.scan(step, c, x))(carry, jax.tree.map(lambda *x: jnp.stack(x), *each))
             else:
                 call = step if around == "none" else jax.jit(step, donate_argnums=(0,))
-                for gradients in each:
-                    carry, _ = call(carry, gradients)
+                with jax.disable_jit(around == "disable_jit"):
+                    for gradients in each:
+                        carry, _ = call(carry, gradients)
         return Trace.load(path)
 
     one = run(tmp_path / "one")

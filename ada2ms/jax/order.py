@@ -36,7 +36,7 @@ def may_ask() -> bool:
     return jax.__version_info__ >= (0, 10) or jax.device_count() == 1
 
 
-def counted_after(state: Any, *numbers: jax.Array) -> Any:
+def counted_after(state: Any, *numbers: Any) -> Any:
     """An optimizer's state as it is, whose counts of steps a compiled program has when it knows the numbers.
 
     So all that comes from a count, such as corrections of bias and learning rates, waits for the numbers, and with it
@@ -51,7 +51,7 @@ def _is_count(x: Any) -> bool:
     return isinstance(x, jax.core.Tracer) and x.ndim == 0 and bool(jnp.issubdtype(x.dtype, jnp.integer))
 
 
-def _zero(*numbers: jax.Array) -> jax.Array:
+def _zero(*numbers: Any) -> jax.Array:
     """0, once the numbers are known: 32 bits have at most 32 ones, less than 64."""
-    total = jnp.stack([x.astype(jnp.float32).sum() for x in numbers]).sum()
+    total = jnp.stack([jnp.asarray(x, jnp.float32).sum() for x in numbers]).sum()
     return jax.lax.population_count(jax.lax.bitcast_convert_type(total, jnp.uint32)) >> np.uint32(6)

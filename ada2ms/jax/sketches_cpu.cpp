@@ -1,5 +1,6 @@
 // The sums of sketches as XLA calls them. sketches_cpu.py builds this and has it called.
 
+#define ADA2MS_OWN_THREADS  // XLA calls from several threads, for each of which OpenMP would keep as many of its own
 #include "sketch.cpp"
 #include "xla/ffi/api/ffi.h"
 

@@ -14,7 +14,8 @@
 #include <immintrin.h>
 #endif
 
-#ifdef __linux__
+#if defined(__linux__) && !defined(ADA2MS_OWN_THREADS)
+#define ADA2MS_OPENMP
 // Of libgomp, if the process has it where all find it, as one has that has loaded torch. Its threads wait for work without
 // sleeping for a while, in which others would have to share the processors with them.
 extern "C" void GOMP_parallel(void (*work)(void*), void* given, unsigned threads, unsigned flags) __attribute__((weak));
@@ -329,7 +330,7 @@ void with_type(int64_t type, const Call& call) {
 // work() by so many threads, or by as many as the system gives.
 template <typename Work>
 void in_threads(int64_t count, const Work& work) {
-#ifdef __linux__
+#ifdef ADA2MS_OPENMP
   if (GOMP_parallel != nullptr) {
     GOMP_parallel([](void* given) { (*static_cast<const Work*>(given))(); }, const_cast<Work*>(&work), count, 0);
     return;
