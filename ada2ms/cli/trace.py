@@ -9,12 +9,13 @@ import json
 import math
 import sys
 from collections.abc import Callable
+from functools import reduce
 from pathlib import Path
 from typing import Any
 
 from ada2ms._extras import require_all
 from ada2ms.cli.arguments import reported
-from ada2ms.core.trace import Trace, TraceError, Verdict, diff, judge
+from ada2ms.core.trace import Trace, TraceError, Verdict, diff, judge, resumed
 from ada2ms.core.trace.measured import measured
 from ada2ms.core.trace.outputs import Output
 
@@ -40,6 +41,14 @@ def add(commands: Any) -> None:
     command.set_defaults(run=reported(compare, TraceError, OSError, ValueError))
     command.add_argument("file", type=Path, metavar="A", help="a trace")
     command.add_argument("other", type=Path, metavar="B", help="a trace of what should be the same run")
+    command.add_argument(
+        "--then",
+        type=Path,
+        action="append",
+        default=[],
+        metavar="B2",
+        help="the trace in which B goes on from a checkpoint; several times if it does so more than once",
+    )
     command.add_argument(
         "--repeat",
         type=Path,
@@ -111,7 +120,7 @@ def show(arguments: argparse.Namespace) -> int:
 
 def compare(arguments: argparse.Namespace) -> int:
     """Prints where two traces part."""
-    a, b = Trace.load(arguments.file), Trace.load(arguments.other)
+    a, b = Trace.load(arguments.file), reduce(resumed, map(Trace.load, [arguments.other, *arguments.then]))
     repeat = None if arguments.repeat is None else Trace.load(arguments.repeat)
     if arguments.picture is not None:
         require_all("The picture", ("matplotlib",), "demo")

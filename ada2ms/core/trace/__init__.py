@@ -7,14 +7,15 @@ by a file for each stage: `data.py`; `causes.py` for values, losses and gradient
 sums of what is known; `statistics.py` for what moves and is no parameter; `settings.py` for hyperparameters;
 `updates.py` for updates. Which dialect of the catalogue, `ada2ms.core.dialects`, a run speaks is found by `explain.py`
 from what `series.py` takes from a trace, for each parameter by `speech.py`, with numbers that nobody told by
-`numbers.py`. `alone.py` judges one run alone. What is said is a `Verdict`.
+`numbers.py`. `alone.py` judges one run alone, and `resumed.py` makes one run of two. What is said is a `Verdict`.
 """
 
 from ada2ms.core.trace.alone import judge
 from ada2ms.core.trace.file import TraceError
 from ada2ms.core.trace.model import Parameter, Step, Trace
+from ada2ms.core.trace.resumed import resumed
 from ada2ms.core.trace.verdict import Verdict
 from ada2ms.core.trace.walk import diff
 from ada2ms.core.trace.writer import Writer
 
-__all__ = ["Parameter", "Step", "Trace", "TraceError", "Verdict", "Writer", "diff", "judge"]
+__all__ = ["Parameter", "Step", "Trace", "TraceError", "Verdict", "Writer", "diff", "judge", "resumed"]

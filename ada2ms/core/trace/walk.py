@@ -14,6 +14,7 @@ from ada2ms.core.trace import causes, data, places, settings, starts
 from ada2ms.core.trace.explain import spoken
 from ada2ms.core.trace.model import TENSORS, Trace
 from ada2ms.core.trace.pair import GROWTH, REPEAT, ROUNDINGS, Pair, drift, grain, relative, whole
+from ada2ms.core.trace.resumed import RESUMED
 from ada2ms.core.trace.sketch import Array, distance, precision
 from ada2ms.core.trace.statistics import Statistics
 from ada2ms.core.trace.updates import Updates
@@ -264,9 +265,7 @@ def _place(verdict: Verdict) -> tuple[int, int]:
 
 
 def _unlike(pair: Pair, problems: list[str]) -> Verdict:
-    more = [f"and {len(problems) - 8} more"] if len(problems) > 8 else []
-    cause = "the traces share no parameter by name and shape"
-    verdict = Verdict("cannot tell", cause, evidence=[*problems[:8], *more])
+    verdict = Verdict("cannot tell", "the traces share no parameter by name and shape", evidence=problems)
     verdict.look.append("names= and axes= of the recorders: plain_layers(model) has them for plain layers")
     if mapping := pair.mapping():
         verdict.look.append(f"by their norms, these would fit B: names={mapping!r}")
@@ -310,6 +309,13 @@ def _finished(walk: _Walk, verdict: Verdict, problems: list[str], i: int) -> Ver
         ]
     if not all(data.flat(s) for s in pair.steps[0]):
         verdict.notes.append("batches were not told in both: that the data are the same is not checked")
+    for who, t in (("A", pair.a), ("B", pair.b)):
+        begins = t.about.get(RESUMED, [])
+        verdict.notes += [f"{who} goes on from a checkpoint with step {step}" for step in begins]
+        if verdict.step in begins:
+            verdict.look.insert(
+                0, f"what {who}'s checkpoint has and what is restored from it: it is where {who} goes on"
+            )
     lengths = len(pair.a.steps), len(pair.b.steps)
     if lengths[0] != lengths[1]:
         verdict.notes.append(f"A has {lengths[0]} steps and B {lengths[1]}: the first {min(lengths)} were compared")
