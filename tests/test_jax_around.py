@@ -43,10 +43,14 @@ FOLLOW = {
     "skipped steps": lambda: optax.inject_hyperparams(ada2ms, static_args=("nonfinite",))(RATE, nonfinite="skip"),
 }
 
+if tuple(map(int, optax.__version__.split(".")[:3])) < (0, 2, 7):  # where a decay's schedule stays at its beginning
+    del FOLLOW["add_decayed_weights"], FOLLOW["masked decay"]
 SELDOM = ("inject_hyperparams, adamw", "scale_by_learning_rate", "masked decay", "partition after")
 
 
-@pytest.mark.parametrize("made", [*(name for name in FOLLOW if name not in SELDOM), *slow(*SELDOM)])
+@pytest.mark.parametrize(
+    "made", [*(name for name in FOLLOW if name not in SELDOM), *slow(*(name for name in SELDOM if name in FOLLOW))]
+)
 def test_counts_that_follow_are_moved(made: str) -> None:
     """After a hand-off to a fresh optimizer the states are what they were, and so is the next step."""
     optimizer = FOLLOW[made]()
