@@ -155,6 +155,17 @@ def test_what_is_told_outside_of_programs(tmp_path: Path) -> None:
     assert second.arrays == [activation(X[0])]
 
 
+def test_the_path_of_a_module_stands_for_the_neutral_name_of_its_parameters(tmp_path: Path) -> None:
+    params = {"blocks": {"0": {"norm": {"scale": jnp.ones(6), "bias": jnp.ones(6)}}}}
+    names = {"blocks/0/norm/scale": "3.norm.scale", "blocks/0/norm/bias": "3.norm.bias"}
+    with Recorder(tmp_path / "a", params, names=names) as recorder:
+        optimizer = recorded(optax.sgd(0.1), recorder)
+        for name in ("blocks/0/norm", "blocks/0", "norm"):
+            recorder.output(name, X[0])
+        optimizer.update(params, optimizer.init(params), params)
+    assert [each.name for each in Trace.load(tmp_path / "a").steps[0].outputs] == ["3.norm", "blocks/0", "norm"]
+
+
 def test_accumulated_and_closed(tmp_path: Path) -> None:
     """Within MultiSteps all batches of a step are its; after the recorder is closed a program goes on without it."""
     params = jax.tree.map(jnp.asarray, START)

@@ -39,7 +39,7 @@ WAYS: dict[str, Callable[[nn.Module], nn.Module]] = {"ddp": ddp, "fsdp2": fsdp2}
 
 def train(net: nn.Module, path: Path, part: int | None, flush: int = 3) -> None:
     optimizer = torch.optim.AdamW(net.parameters(), lr=0.1)
-    with Recorder(path, net, optimizer, full=1, flush=flush) as recorder:
+    with Recorder(path, net, optimizer, full=1, flush=flush, outputs=True) as recorder:
         for i in range(STEPS):
             x = batch(i, part)
             recorder.batch(x)
@@ -92,6 +92,21 @@ def test_the_trace_is_that_of_one_process(name: str, folder: Path) -> None:
     for what in TENSORS:
         for key, array in alone.steps[0].full[what].items():
             assert same(divided.steps[0].full[what][key], array), (what, key)
+
+
+@pytest.mark.parametrize("name", WAYS)
+def test_outputs_are_those_of_all_samples(name: str, folder: Path) -> None:
+    """Their halves add up: sizes, totals, and sums over samples."""
+    if name == "fsdp2" and not hasattr(torch.cpu.Stream, "record_event"):
+        pytest.skip("the fully_shard of this torch does not run on CPUs")
+    alone, divided = (Trace.load(folder / each).steps[0].outputs for each in ("alone", name))
+    assert [each.name for each in divided] == [each.name for each in alone]
+    assert len(alone) > 2
+    for a, b in zip(alone, divided, strict=True):
+        for x, y in zip([*a.arrays, *a.inputs], [*b.arrays, *b.inputs], strict=True):
+            assert x.shape == y.shape
+            assert same(x.total, y.total)
+            assert same(x.pooled, y.pooled)
 
 
 def same(a: Any, b: Any) -> bool:

@@ -219,6 +219,36 @@ def test_what_a_module_is_given_tells_it_from_what_lies_before(tmp_path: Path) -
     assert found.look[0] == "what lies between b and c"
 
 
+def test_a_module_of_modules_that_agree_is_named_itself(tmp_path: Path) -> None:
+    """Such as a block that leaves out its residual: what it computes after the last of its modules."""
+    a, b = ({"a": x, "b": (2 * x, x), "c": x} for x in (IMAGES[0], IMAGES[0]))
+    b["b"] = IMAGES[1], IMAGES[0]
+    found = diff(run(tmp_path / "a", a, composed=True), run(tmp_path / "b", b, loss=1.1, noise=1.0, composed=True))
+    assert found.place == "b"
+    assert found.look[0] == "what b computes besides its modules, after a"
+
+
+def test_numbers_of_places_and_letters_are_compared_where_they_are_given_and_masks_are_not(tmp_path: Path) -> None:
+    def of(places: Any) -> Given:
+        return {"a": IMAGES[0], "table": (IMAGES[0][places % 5], places), "b": IMAGES[0]}
+
+    places_ = np.arange(5, dtype=np.int32)
+    found = parted(tmp_path, of(places_), of(places_ + 1))
+    assert "what table is given is the first to differ" in found.cause
+    mask = RNG.normal(size=(4, 4)) > 0
+    masked = [{"a": (IMAGES[0], m), "b": (IMAGES[k], IMAGES[0])} for k, m in ((0, mask), (1, ~mask))]
+    assert parted(tmp_path, *masked).place == "b"
+
+
+def test_gradients_that_part_by_the_forward_pass_part_there(tmp_path: Path) -> None:
+    """Though the loss does not differ: the stage is that of the output."""
+    found = diff(run(tmp_path / "a", chain()), run(tmp_path / "b", chain(c=1.01), noise=1.0))
+    assert (found.stage, found.kind, found.place) == ("forward", "everything", "c")
+    found = diff(run(tmp_path / "a", chain()), run(tmp_path / "b", chain(), noise=1.0))
+    assert (found.stage, found.kind, found.place) == ("gradient", "everything", "")
+    assert any("the outputs of a, b and 2 more" in each for each in found.agrees)
+
+
 def test_other_sizes_count_where_nothing_after_them_agrees(tmp_path: Path) -> None:
     a, b = chain(), chain()
     b["b"] = b["b"][:, :7]

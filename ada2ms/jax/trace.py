@@ -27,6 +27,7 @@ from jax.experimental import io_callback
 from ada2ms.core.state import Axes, Extras, Names
 from ada2ms.core.trace import Step, TraceError, Writer
 from ada2ms.core.trace.model import Observed, empty_sketches, flattened, moving, observed, resolve
+from ada2ms.core.trace.outputs import prefix
 from ada2ms.core.trace.sketch import change
 from ada2ms.core.trace.writer import DEFAULT_ENTRIES, DEFAULT_FLUSH, DEFAULT_FULL
 from ada2ms.jax.names import by_path
@@ -142,13 +143,15 @@ class Recorder:
         and `vmap` over samples. A compiled program goes on to ask the host for each whether it is wanted.
 
         Args:
-            name: by which it is compared with that of another run; the second of a name in a step gets a number.
+            name: by which it is compared with that of another run; the second of a name in a step gets a number. The
+                path of a module here, such as "blocks/0/norm", stands for the neutral name of its parameters.
             x: an array, or a tuple, list or dictionary of arrays.
 
         Raises:
             TraceError: within `shard_map` or `pmap` over several devices.
             TypeError: it has no arrays.
         """
+        name = prefix([p.name for p in self.parameters if p.own.rpartition("/")[0] == name]) or name
         if _is_traced(x):
             self.outputs.send(name, arrays_of(x))
         elif not self._closed and self._writer.takes_outputs:

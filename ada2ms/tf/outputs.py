@@ -71,6 +71,7 @@ class Outputs:
         self._wrapped = []
 
     def _around(self, name: str, layer: keras.Layer, call: Callable[..., Any]) -> Callable[..., Any]:
+        composed = len(list(layer._flatten_layers())) > 1 and not _is_recurrent(layer)
         function = getattr(layer, "activation", None) if layer.weights and not _is_recurrent(layer) else None
 
         def observed(*args: Any, **kwargs: Any) -> Any:
@@ -90,7 +91,7 @@ class Outputs:
             finally:
                 self._depth -= 1
             if found := self._read(inside if len(inside) == 1 else result):
-                current.outputs.append(Output(name, found, given))
+                current.outputs.append(Output(name, found, given, composed=composed))
             if not self._depth:
                 self._seen = {}
             return result

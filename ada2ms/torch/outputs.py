@@ -77,8 +77,9 @@ class Outputs:
             return
         while (call := self._calls.pop())[0] is not module:
             pass  # one that an error has ended
+        composed = next(module.children(), None) is not None
         if found := self._read(result):
-            self._passes[-1].outputs.append(Output(name, found, call[1], module.training))
+            self._passes[-1].outputs.append(Output(name, found, call[1], module.training, composed))
 
     def _read(self, result: Any) -> list[Activation]:
         """What is kept of tensors; of one that went from module to module, computed once."""

@@ -6,7 +6,7 @@ so of each array sums are kept that depend on one of these orders alone, beside 
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Final
 
 import numpy as np
@@ -64,12 +64,14 @@ class Output:
         arrays: the output.
         inputs: what the module was given, where it is known.
         training: whether the module was in training mode, where it is known.
+        composed: whether the module consists of others, which are recorded before it.
     """
 
     name: str
     arrays: list[Activation]
     inputs: list[Activation] = field(default_factory=list)
     training: bool | None = None
+    composed: bool = False
 
     def data(self) -> dict[str, Any]:
         """What a file has of it."""
@@ -150,7 +152,7 @@ def joined(parts: Sequence[Sequence[Output]]) -> list[Output]:
                 [_added(each) for each in zip(*lists, strict=False)]
                 for lists in ([x.arrays for x in there], [x.inputs for x in there])
             )
-            found.append(Output(name, arrays, inputs, there[0].training))
+            found.append(replace(there[0], arrays=arrays, inputs=inputs))
     return found
 
 

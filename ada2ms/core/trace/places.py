@@ -93,7 +93,7 @@ def _asked(pair: Pair, i: int) -> str:
 def _seen(pair: Pair, i: int, common: list[tuple[Output, Output]]) -> Iterator[_Seen]:
     """What both have, in the order of A: what each module is given, and what it gives.
 
-    Masks and numbers of classes have other codes elsewhere; so of what is given only numbers with fractions count.
+    Of what is given masks do not count, which elsewhere may be true where these are false.
     """
     same_layout = pair.a.about.get("framework") == pair.b.about.get("framework")
     batches = [data.flat(step) for step in pair.steps[i]]
@@ -101,7 +101,7 @@ def _seen(pair: Pair, i: int, common: list[tuple[Output, Output]]) -> Iterator[_
     for outputs in common:
         for is_input in (True, False):
             for k, arrays in enumerate(zip(*((o.inputs if is_input else o.arrays) for o in outputs), strict=False)):
-                if not all(each.is_floating for each in arrays):
+                if not all(each.is_floating or (is_input and "int" in each.dtype) for each in arrays):
                     continue
                 found = apart(*arrays, same_layout=same_layout, same_order=same_order)
                 if found is not None or not (is_input or k or outputs[0].name == MODEL):
@@ -152,11 +152,15 @@ def _differing(pair: Pair, i: int, seen: list[_Seen], k: int, verdict: Verdict) 
         cause = f"the output of {first.name} is the first to differ ({_by(first)})"
         cause += ", what it is given agrees" if given else f"; that of {names[-1]}, before it, agrees" if names else ""
         own = f"{first.name} itself: its arguments, mode and type"
+        if names and any(each.composed for each in first.of):
+            own = f"what {first.name} computes besides its modules, after {names[-1]}"
         between = f"{first.name}, and what lies between {names[-1]} and it" if names else f"{first.name} and its input"
         where = [own if given else between]
     where += [f"the modules that one run alone has recorded there: {some(alone)}"] if alone else []
     verdict.cause += f": {cause}"
     verdict.place = first.name
+    if verdict.kind in _UNLOCATED:
+        verdict.stage = "forward"  # whatever showed it, it is there
     verdict.look[:0] = where
     modes = [each.training for each in first.of]
     if None not in modes and modes[0] != modes[1]:
