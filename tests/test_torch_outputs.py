@@ -60,15 +60,19 @@ def same(a: Output, b: Output) -> bool:
 def test_what_modules_are_given_and_give_is_recorded_in_the_order_of_the_forward_pass(tmp_path: Path) -> None:
     """As NumPy has it of tensors that a plain forward pass gives; nothing else is changed, and hooks are gone."""
     net, other = network(), network()
-    trace = train(tmp_path / "a", net)
+    hooks: list[bool] = []
+
+    def forward(net: nn.Module, _: Any) -> Tensor:
+        hooks.append(any(module._forward_hooks or module._forward_pre_hooks for module in net.modules()))
+        return net(X).square().mean()  # type: ignore[no-any-return]
+
+    trace = train(tmp_path / "a", net, forward)
+    assert hooks == [True] * 3 + [False] * 2, "also while it is open"
     plain = train(tmp_path / "b", other, outputs=False)
     assert all(torch.equal(p, q) for p, q in zip(net.parameters(), other.parameters(), strict=True))
     assert [len(step.outputs) for step in trace.steps] == [11, 11, 11, 0, 0]
     assert not any(step.outputs for step in plain.steps)
     assert names(trace) == NAMES
-    for module in net.modules():
-        assert not module._forward_hooks
-        assert not module._forward_pre_hooks
     net = network()
     h = net[0](X)
     by_name = {each.name: each for each in trace.steps[0].outputs}

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from ada2ms.cli import main
-from ada2ms.core.trace import Parameter, Step, Trace, Verdict, Writer, diff, outputs, places
+from ada2ms.core.trace import Parameter, Step, Trace, Verdict, Writer, causes, diff, outputs, places
 from ada2ms.core.trace.model import TENSORS
 from ada2ms.core.trace.outputs import MODEL, Output, activation, apart, joined, prefix
 from ada2ms.core.trace.sketch import sketch
@@ -134,8 +134,11 @@ def test_names_of_modules_follow_from_their_parameters() -> None:
 Given = dict[str, Any] | list[tuple[str, Any]]
 
 
-def run(path: Path, given: Given, loss: float = 1.0, noise: float = 0.0, full: int = 3, **more: Any) -> Trace:
-    """A trace of one step with these outputs, arrays by name, and with gradients that have so much noise."""
+def run(
+    path: Path, given: Given, loss: float = 1.0, noise: float = 0.0, full: int = 3, drift: float = 0.0, **more: Any
+) -> Trace:
+    """A trace of one step with these outputs, arrays by name, with gradients that have so much noise, and values that
+    are so far away."""
     writer = Writer(path, full=full)
     writer.begin({"framework": more.pop("framework", "none")}, PARAMETERS)
     writer.loss(lambda: loss)
@@ -148,7 +151,9 @@ def run(path: Path, given: Given, loss: float = 1.0, noise: float = 0.0, full: i
         writer.output(Output(name, arrays, **options))
     rng = np.random.default_rng(9)
     values = [rng.normal(size=(5, *p.shape)) for p in PARAMETERS]
-    sketches = [np.array([sketch(x[k] + noise * x[4]) for x in values]) for k, noise in ((0, 0), (1, noise), (2, 0))]
+    sketches = [
+        np.array([sketch(x[k] + noise * x[4]) for x in values]) for k, noise in ((0, drift), (1, noise), (2, 0))
+    ]
     writer.add(Step(1, dict(zip(TENSORS, sketches, strict=True)), np.zeros(len(PARAMETERS), bool)))
     writer.close()
     return Trace.load(path)
@@ -199,6 +204,32 @@ def test_rounding_that_grows_is_not_named_and_a_jump_is(tmp_path: Path) -> None:
     assert parted(tmp_path, chain(), chain(a=1 + 1e-7, c=1 + 1e-5)).place == "c"
 
 
+def test_values_that_have_drifted_apart_are_no_fault_of_the_first_module(tmp_path: Path) -> None:
+    assert parted(tmp_path, chain(), chain(a=1 + 5e-6)).place == "a"
+    assert not parted(tmp_path, chain(), chain(a=1 + 5e-6), drift=1e-6).place
+    assert parted(tmp_path, chain(), chain(a=1 + 5e-6, c=1 + 1e-3), drift=1e-6).place == "c"
+
+
+def test_of_16_bits_a_few_roundings_are_explained(tmp_path: Path) -> None:
+    """Where both runs have them; where one has wider numbers the type is a difference by itself."""
+    ml_dtypes = pytest.importorskip("ml_dtypes")
+
+    def narrow(**factors: float) -> dict[str, Any]:
+        return {name: x.astype(ml_dtypes.bfloat16) for name, x in chain(**factors).items()}
+
+    assert not parted(tmp_path, narrow(), narrow(b=1.008)).place
+    assert parted(tmp_path, narrow(), narrow(b=1.05)).place == "b"
+    assert parted(tmp_path, chain(), narrow()).place == "a"
+
+
+def test_in_one_framework_equal_shapes_are_one_layout(tmp_path: Path) -> None:
+    square = RNG.normal(size=(4, 7, 7))
+    given = {"a": square}, {"a": square.transpose(0, 2, 1)}
+    for framework, place in (("torch", "a"), ("jax", "")):
+        a = run(tmp_path / "a", given[0], framework="torch")
+        assert diff(a, run(tmp_path / "b", given[1], loss=1.1, noise=1.0, framework=framework)).place == place
+
+
 def test_what_a_module_is_given_tells_it_from_what_lies_before(tmp_path: Path) -> None:
     def pairs(at: str, inside: bool) -> dict[str, Any]:
         here, there = chain(), chain(**{at: 1.01})
@@ -247,6 +278,20 @@ def test_gradients_that_part_by_the_forward_pass_part_there(tmp_path: Path) -> N
     found = diff(run(tmp_path / "a", chain()), run(tmp_path / "b", chain(), noise=1.0))
     assert (found.stage, found.kind, found.place) == ("gradient", "everything", "")
     assert any("the outputs of a, b and 2 more" in each for each in found.agrees)
+
+
+def test_what_might_be_fewer_bits_is_none_where_outputs_before_it_agree(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def guessed(pair: Any, i: int, stage: str, *_: Any) -> Verdict:
+        return Verdict("parted", "all differ without direction", stage, i + 1, "precision")
+
+    monkeypatch.setattr(causes, "_precision", guessed)
+    found = parted(tmp_path, chain(), chain(c=1.01))
+    assert found.cause.startswith("loss and all gradients differ: the output of c is the first to differ")
+    assert found.evidence[0] == "all differ without direction"
+    found = diff(run(tmp_path / "a", chain()), run(tmp_path / "b", chain(a=1.01), loss=1.1, noise=1.0))
+    assert (found.kind, found.place) == ("precision", "a")
 
 
 def test_other_sizes_count_where_nothing_after_them_agrees(tmp_path: Path) -> None:

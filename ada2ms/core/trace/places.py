@@ -157,6 +157,11 @@ def _differing(pair: Pair, i: int, seen: list[_Seen], k: int, verdict: Verdict) 
         between = f"{first.name}, and what lies between {names[-1]} and it" if names else f"{first.name} and its input"
         where = [own if given else between]
     where += [f"the modules that one run alone has recorded there: {some(alone)}"] if alone else []
+    if verdict.kind == "precision" and names and pair.seen[0] == pair.seen[1]:
+        # By its size and want of direction it might be fewer bits; but these would show in the outputs before it.
+        verdict.evidence.insert(0, verdict.cause)
+        verdict.kind = "everything"
+        verdict.cause = ("loss and " if verdict.stage == "forward" else "") + "all gradients differ"
     verdict.cause += f": {cause}"
     verdict.place = first.name
     if verdict.kind in _UNLOCATED:
