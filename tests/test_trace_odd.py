@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch.nn import functional
 from trace_faults import other, trace
+from trace_margins import untold
 
 from ada2ms.core.trace import Trace, diff, judge
 from ada2ms.torch import Recorder
@@ -171,3 +172,17 @@ def test_the_gradients_of_one_number_always_have_one_factor(tmp_path: Path) -> N
     found = diff(*traces)
     assert (found.stage, found.kind) == ("forward", "factors"), found
     assert "reduction" not in found.cause
+
+
+def test_first_steps_of_momentum_are_not_those_of_radam() -> None:
+    """Nobody told optimizer and rates, and RAdam's first steps are those of SGD, but for a factor of each."""
+
+    def unknown(**given: Any) -> Trace:
+        run = untold(trace("torch", {"optimizer": other("SGD", **given)}))
+        return replace(run, about={**run.about, "optimizer": ""})
+
+    a = unknown(momentum=0.9)
+    assert diff(a, unknown(momentum=0.8)).cause == "the optimizers compute other things: momentum: 0.9 against 0.8"
+    decaying = diff(a, unknown(momentum=0.9, weight_decay=0.01))
+    assert "weight_decay: 0 against 0.01" in decaying.cause
+    assert "B's updates are those of SGD with momentum, weight decay in the gradient" in " ".join(decaying.evidence)

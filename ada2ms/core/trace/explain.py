@@ -13,6 +13,7 @@ from ada2ms.core.trace.pair import ROUNDINGS
 from ada2ms.core.trace.series import Series, series
 from ada2ms.core.trace.sketch import precision
 
+_RATE: Final = 1e-5  # relatively, by what factors of one learning rate may differ, if rounding allows that much
 _SHARE: Final = 0.2  # of what is left, that a decay has to explain; by chance it is one share in their number
 
 
@@ -134,6 +135,10 @@ def explain(trace: Trace, *, prefer: Dialect | None = None) -> Fit | None:
 
 def explain_run(run: list[Series], first: Dialect) -> Fit:
     """As `explain`, of what is recorded of some tensors; `first` is the dialect to try first."""
+    return _steadier(_explained(run, first), run)
+
+
+def _explained(run: list[Series], first: Dialect) -> Fit:
     hyper = run[0].hyper[0]
     found = fit(first, run)
     if found.fits:
@@ -172,6 +177,18 @@ def decaying(found: Fit, run: list[Series]) -> Fit:
     """A fit, or one with the weight decay that nobody told and that shows, though rounding might explain as much."""
     small = [] if "weight_decay" in run[0].hyper[0] else decays(found.dialect, run, _SHARE)
     return next((each for dialect in small if (each := fit(dialect, run)).fits), found)
+
+
+def _steadier(found: Fit, run: list[Series]) -> Fit:
+    """A fit; of RAdam, whose first steps are those of SGD but for a factor of each, that of SGD at one rate."""
+    d, rate = found.dialect, found.factor
+    if d.second != "rectified" or float(np.ptp(found.factors)) <= max(_RATE, found.noise) * abs(rate):
+        return found
+    momentum = dict(d.changed).get("b1", run[0].hyper[0].get("b1", DEFAULTS["b1"]))
+    changed = *(pair for pair in d.changed if pair[0] == "weight_decay"), ("momentum", momentum)
+    # What decays at a rate that grows as momentum does is decay in the gradient.
+    others = [Dialect("sgd", decay=decay, nesterov=d.nesterov, changed=changed) for decay in (d.decay, "coupled")]
+    return next((each for dialect in others if (each := fit(dialect, run)).fits), found)
 
 
 def _wild(found: Fit) -> bool:
