@@ -221,6 +221,29 @@ def test_several_processes_at_once_have_it_all(made: Path, cache: Path, compile_
     assert count(calls) == 3
 
 
+FORKED = """
+import os, sys
+import numpy as np
+import torch
+from ada2ms.core.trace import native
+
+torch.set_num_threads(2)
+torch.ones(2000, 2000).sum()  # by OpenMP's threads, of which a child has none
+if not (child := os.fork()):
+    torch.set_num_threads(1)
+    native.Sketcher()([np.ones((2000, 2000), np.float32)], [None])
+    os._exit(0)
+sys.exit(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="processes are not forked here")
+def test_a_child_has_as_many_threads_as_torch_there() -> None:
+    pytest.importorskip("torch")
+    subprocess.run([sys.executable, "-W", "ignore", "-c", FORKED], check=True, timeout=60)
+
+
 @pytest.mark.parametrize("damage", [b"", b"no library", None], ids=["empty", "text", "half"])
 def test_a_damaged_library_is_made_again(
     made: Path, cache: Path, compile_by: Callable[[str], Path], damage: bytes | None

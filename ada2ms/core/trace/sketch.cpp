@@ -18,7 +18,9 @@
 #define ADA2MS_OPENMP
 // Of libgomp, if the process has it where all find it, as one has that has loaded torch. Its threads wait for work without
 // sleeping for a while, in which others would have to share the processors with them.
+// As many as torch is told to use: a process that was forked from one that had several has none of them, and may have one.
 extern "C" void GOMP_parallel(void (*work)(void*), void* given, unsigned threads, unsigned flags) __attribute__((weak));
+extern "C" int omp_get_max_threads() __attribute__((weak));
 #endif
 
 namespace {
@@ -331,8 +333,9 @@ void with_type(int64_t type, const Call& call) {
 template <typename Work>
 void in_threads(int64_t count, const Work& work) {
 #ifdef ADA2MS_OPENMP
-  if (GOMP_parallel != nullptr) {
-    GOMP_parallel([](void* given) { (*static_cast<const Work*>(given))(); }, const_cast<Work*>(&work), count, 0);
+  if (GOMP_parallel != nullptr && omp_get_max_threads != nullptr) {
+    const unsigned most = std::clamp<int64_t>(count, 1, omp_get_max_threads());
+    GOMP_parallel([](void* given) { (*static_cast<const Work*>(given))(); }, const_cast<Work*>(&work), most, 0);
     return;
   }
 #endif
