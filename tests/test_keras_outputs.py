@@ -126,7 +126,9 @@ def test_recurrent_attentive_and_nested_layers(tmp_path: Path) -> None:
     inner = keras.Sequential([keras.layers.Dense(6, "relu")], name="inner")
     model = keras.Model(given, keras.layers.GlobalAveragePooling1D()(inner(h)))
     x = X[:, :1, None] * np.ones((1, 4, 6), np.float32)
-    found = names(train(tmp_path / "a", model, x, np.zeros((len(x), 6), np.float32)))
+    trace = train(tmp_path / "a", model, x, np.zeros((len(x), 6), np.float32))
+    assert [each.name for each in trace.steps[0].outputs if each.composed] == ["1.attention", "inner", MODEL]
+    found = names(trace)
     assert [name for name in found if name.startswith(("0.", "1.", "2.", "inner", "("))] == [
         "0.lstm",
         "1.attention.query",

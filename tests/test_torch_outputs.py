@@ -73,6 +73,7 @@ def test_what_modules_are_given_and_give_is_recorded_in_the_order_of_the_forward
     assert [len(step.outputs) for step in trace.steps] == [11, 11, 11, 0, 0]
     assert not any(step.outputs for step in plain.steps)
     assert names(trace) == NAMES
+    assert [each.name for each in trace.steps[0].outputs if each.composed] == ["1", "2", MODEL]
     net = network()
     h = net[0](X)
     by_name = {each.name: each for each in trace.steps[0].outputs}
@@ -209,8 +210,19 @@ def test_tuples_mappings_keywords_and_writing_in_place(tmp_path: Path) -> None:
     assert list(found)[:4] == ["0.lstm", "1.attention", "2.dense", "relu"]
     assert [x.shape for x in found["0.lstm"].arrays] == [[2, 4, 6], [1, 2, 6], [1, 2, 6]]
     assert found["1.attention"].inputs == [activation(h.detach().numpy())] * 3
+    assert not found["1.attention"].composed, "it calls none of its modules"
     assert found["relu"].inputs == found["2.dense"].arrays, "as it was before"
     assert found["relu"].arrays == found[MODEL].arrays != found["2.dense"].arrays
+
+
+def test_frozen_modules_have_the_names_of_their_parameters_too(tmp_path: Path) -> None:
+    net = network()
+    net[0].requires_grad_(False)
+    optimizer = torch.optim.SGD([p for p in net.parameters() if p.requires_grad], lr=0.1)
+    with Recorder(tmp_path / "a", net, optimizer, outputs=True, **plain_layers(net)):
+        net(X).square().mean().backward()
+        optimizer.step()
+    assert names(Trace.load(tmp_path / "a")) == NAMES
 
 
 def test_autocast_has_its_types(tmp_path: Path) -> None:

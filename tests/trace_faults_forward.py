@@ -7,6 +7,11 @@ def evaluated(net: Any) -> None:
     net[1].eval()
 
 
+def widened(net: Any, opt: Any, i: int) -> None:
+    if i == 1:
+        net[1].eps = 1e-3
+
+
 def forward(fault: Any, keras: dict[str, Any]) -> list[Any]:
     """The faults.
 
@@ -33,6 +38,15 @@ def forward(fault: Any, keras: dict[str, Any]) -> list[Any]:
             base={**outputs, "batch_norm": {}},
             place="1.norm",
             also="in the stage 'statistics'",
+        ),
+        fault(
+            "an epsilon of LayerNorm that changes in mid-run",
+            "forward",
+            "everything",
+            {"after": widened},
+            base=outputs,
+            place="1.norm",
+            step=3,
         ),
         fault(
             "GELU by tanh",

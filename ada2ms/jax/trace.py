@@ -27,7 +27,7 @@ from jax.experimental import io_callback
 from ada2ms.core.state import Axes, Extras, Names
 from ada2ms.core.trace import Step, TraceError, Writer
 from ada2ms.core.trace.model import Observed, empty_sketches, flattened, moving, observed, resolve
-from ada2ms.core.trace.outputs import prefix
+from ada2ms.core.trace.outputs import called
 from ada2ms.core.trace.sketch import change
 from ada2ms.core.trace.writer import DEFAULT_ENTRIES, DEFAULT_FLUSH, DEFAULT_FULL
 from ada2ms.jax.names import by_path
@@ -151,7 +151,7 @@ class Recorder:
             TraceError: within `shard_map` or `pmap` over several devices.
             TypeError: it has no arrays.
         """
-        name = prefix([p.name for p in self.parameters if p.own.rpartition("/")[0] == name]) or name
+        name = called([p.name for p in self.parameters if p.own.rpartition("/")[0] == name], None) or name
         if _is_traced(x):
             self.outputs.send(name, arrays_of(x))
         elif not self._closed and self._writer.takes_outputs:

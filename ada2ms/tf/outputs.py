@@ -3,15 +3,16 @@
 Keras has no hooks. So while steps are recorded, each layer has a `call` of its own around that of its class.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import keras
 import numpy as np
 from keras import ops
 
-from ada2ms.core.trace import Parameter, TraceError
-from ada2ms.core.trace.outputs import MODEL, Activation, Output, activation, prefix
+from ada2ms.core.state import Names
+from ada2ms.core.trace import TraceError
+from ada2ms.core.trace.outputs import MODEL, Activation, Output, activation, called
 
 
 class Outputs:
@@ -23,20 +24,20 @@ class Outputs:
 
     Args:
         model: the layers.
-        parameters: of the trace, from whose neutral names those of the layers follow.
+        names: neutral names of the variables, from which those of the layers follow.
 
     Attributes:
         is_open: whether calls are looked at.
     """
 
-    def __init__(self, model: keras.Model, parameters: Iterable[Parameter]) -> None:
+    def __init__(self, model: keras.Model, names: Names) -> None:
         self.is_open = True
         self._passes: list[_Pass] = []  # of the step that comes
         self._depth = 0
         self._seen: dict[int, tuple[Any, Activation]] = {}  # of a pass
         self._called = False
         self._wrapped: list[tuple[keras.Layer, Any, Any]] = []  # layers, with what their `call` is and was
-        for name, layer in named_layers(model, parameters):
+        for name, layer in named_layers(model, names):
             before, own = vars(layer).get("call"), self._around(name, layer, layer.call)
             vars(layer)["call"] = own  # past Keras' own tracking of attributes
             self._wrapped.append((layer, own, before))
@@ -71,7 +72,6 @@ class Outputs:
         self._wrapped = []
 
     def _around(self, name: str, layer: keras.Layer, call: Callable[..., Any]) -> Callable[..., Any]:
-        composed = len(list(layer._flatten_layers())) > 1 and not _is_recurrent(layer)
         function = getattr(layer, "activation", None) if layer.weights and not _is_recurrent(layer) else None
 
         def observed(*args: Any, **kwargs: Any) -> Any:
@@ -79,7 +79,8 @@ class Outputs:
                 if not (self.is_open and _is_differentiated()):
                     return call(*args, **kwargs)
                 self._passes.append(_Pass(layer, kwargs.get("training"), []))
-            current, given = self._passes[-1], self._read((args, kwargs))
+            outputs, given = self._passes[-1].outputs, self._read((args, kwargs))
+            before = len(outputs)
             inside: list[Any] = []  # what the layer's own activation function is given
             self._depth += 1
             try:
@@ -91,7 +92,7 @@ class Outputs:
             finally:
                 self._depth -= 1
             if found := self._read(inside if len(inside) == 1 else result):
-                current.outputs.append(Output(name, found, given, composed=composed))
+                outputs.append(Output(name, found, given, composed=len(outputs) > before))
             if not self._depth:
                 self._seen = {}
             return result
@@ -139,17 +140,15 @@ class _Seeing:
             self._attributes["activation"] = self._before
 
 
-def named_layers(model: keras.Model, parameters: Iterable[Parameter]) -> Iterator[tuple[str, keras.Layer]]:
+def named_layers(model: keras.Model, names: Names) -> Iterator[tuple[str, keras.Layer]]:
     """Layers by what the neutral names of their variables begin with, each name for the innermost; of others by their
     paths. But no cells of recurrent layers, which are called for each time step."""
-    neutral: dict[str, list[str]] = {}
-    for p in parameters:
-        neutral.setdefault(p.own, []).append(p.name)
     every = list(model._flatten_layers())  # Keras has no public way to ask for layers within layers
     cells = {id(cell) for each in every if _is_recurrent(each) for cell in each._flatten_layers(include_self=False)}
+    known = {v.path for v in model.trainable_variables} if callable(names) else set(names or {})
     found, taken = [], set()
     for layer in reversed([each for each in every if id(each) not in cells]):
-        name = prefix([each for v in layer.weights for each in neutral.get(v.path, [])])
+        name = called([v.path for v in layer.weights if v.path in known], names)
         path = MODEL if layer is model else layer.path or layer.name
         found.append((name if name and name not in taken else path, layer))
         taken.add(name)

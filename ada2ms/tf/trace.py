@@ -111,7 +111,7 @@ class Recorder(keras.callbacks.Callback):  # type: ignore[misc]
         self._apply, self._compute_loss = self._optimizer.apply, model.compute_loss
         self._optimizer.apply = self._recorded_apply
         self._in_fit = False
-        self._outputs = Outputs(model, self.parameters) if outputs else None
+        self._outputs = Outputs(model, names) if outputs else None
 
     def batch(self, *arrays: Any) -> None:
         """Notes the arrays of a batch, of the step that comes."""

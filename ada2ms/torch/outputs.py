@@ -2,15 +2,16 @@
 
 import dataclasses
 import weakref
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from ada2ms.core.trace import Parameter, TraceError
-from ada2ms.core.trace.outputs import MODEL, Activation, Output, activation, prefix
+from ada2ms.core.state import Names
+from ada2ms.core.trace import TraceError
+from ada2ms.core.trace.outputs import MODEL, Activation, Output, activation, called
 from ada2ms.torch.numbers import numpy
 
 
@@ -23,19 +24,19 @@ class Outputs:
 
     Args:
         model: the modules.
-        parameters: of the trace, from whose neutral names those of the modules follow.
+        names: neutral names of the parameters, from which those of the modules follow.
     """
 
-    def __init__(self, model: nn.Module, parameters: Iterable[Parameter]) -> None:
+    def __init__(self, model: nn.Module, names: Names) -> None:
         self._passes: list[_Pass] = []  # of the step that comes
-        self._calls: list[tuple[nn.Module, list[Activation]]] = []  # that have begun and not ended, and what is given
+        self._calls: list[_Call] = []  # that have begun and not ended
         self._seen: dict[int, _Seen] = {}
         self._called = False
         # Each is a break in the graph of a compiled module, which must not trace them.
         disable: Any = torch.compiler.disable
         before, after = disable(self._before), disable(self._after)
         self._hooks = []
-        for name, module in named_modules(model, parameters):
+        for name, module in named_modules(model, names):
             self._hooks.append(module.register_forward_pre_hook(before, with_kwargs=True))
             named = partial(after, name)
             self._hooks.append(module.register_forward_hook(named, with_kwargs=True, always_call=True))
@@ -70,16 +71,16 @@ class Outputs:
             if not torch.is_grad_enabled() or _is_in_backward():
                 return
             self._passes.append(_Pass(module, module.training, []))
-        self._calls.append((module, self._read((args, kwargs))))
+        self._calls.append(_Call(module, self._read((args, kwargs)), len(self._passes[-1].outputs)))
 
     def _after(self, name: str, module: nn.Module, args: Any, kwargs: Any, result: Any) -> None:
-        if not any(each is module for each, _ in self._calls):
+        if not any(each.module is module for each in self._calls):
             return
-        while (call := self._calls.pop())[0] is not module:
+        while (call := self._calls.pop()).module is not module:
             pass  # one that an error has ended
-        composed = next(module.children(), None) is not None
+        outputs = self._passes[-1].outputs
         if found := self._read(result):
-            self._passes[-1].outputs.append(Output(name, found, call[1], module.training, composed))
+            outputs.append(Output(name, found, call.given, module.training, composed=len(outputs) > call.before))
 
     def _read(self, result: Any) -> list[Activation]:
         """What is kept of tensors; of one that went from module to module, computed once."""
@@ -100,21 +101,26 @@ class _Pass(NamedTuple):
     outputs: list[Output]
 
 
+class _Call(NamedTuple):
+    """What a module is given, and how many outputs there are before its own."""
+
+    module: nn.Module
+    given: list[Activation]
+    before: int
+
+
 class _Seen(NamedTuple):
     tensor: "weakref.ref[Tensor]"
     version: int
     activation: Activation
 
 
-def named_modules(model: nn.Module, parameters: Iterable[Parameter]) -> Iterator[tuple[str, nn.Module]]:
+def named_modules(model: nn.Module, names: Names) -> Iterator[tuple[str, nn.Module]]:
     """Modules by what the neutral names of their own parameters begin with; of others by their paths."""
-    neutral: dict[str, list[str]] = {}
-    for p in parameters:
-        neutral.setdefault(p.own, []).append(p.name)
     taken: set[str] = set()
     for path, module in model.named_modules():
         own = [f"{path}.{name}" if path else name for name, _ in module.named_parameters(recurse=False)]
-        name = prefix([each for name in own for each in neutral.get(name, [])])
+        name = called(own, names)
         yield (name if name and name not in taken else path or MODEL), module
         taken.add(name)
 

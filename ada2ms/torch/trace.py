@@ -110,7 +110,7 @@ class Recorder:
         self._kept: list[Tensor] = []  # sums of the steps that wait, on their device
         self._fetched: Iterator[NDArray[Any]] = iter(())  # and as they are written
         self._open: _Before | None = None
-        self._outputs = Outputs(inner, self._parameters) if outputs else None
+        self._outputs = Outputs(inner, names) if outputs else None
         self._hooks = [
             optimizer.register_step_pre_hook(self._before),
             optimizer.register_step_post_hook(self._after),

@@ -11,6 +11,7 @@ from typing import Any, Final
 
 import numpy as np
 
+from ada2ms.core.state import Names
 from ada2ms.core.trace.sketch import SUMS, Array, reals, signs
 
 MODEL: Final = "(model)"  # what the output of the whole model is called
@@ -234,11 +235,15 @@ def _rms(x: Sequence[float], y: Sequence[float] | None = None) -> float:
     return float(np.sqrt(np.mean(np.square(difference))))
 
 
-def prefix(names: Sequence[str]) -> str:
-    """What the names of a module's parameters have in common, but for the last part: "1.norm" of "1.norm.scale"."""
-    parts = [name.split(".")[:-1] for name in names]
+def called(own: Sequence[str], names: Names) -> str:
+    """What the neutral names of a module's parameters, by their own, have in common, but for the last part: "1.norm" of
+    "1.norm.scale". Empty if that is nothing, or if they have no other names."""
+    neutral: list[str] = []
+    for name in own:
+        found = names(name) if callable(names) else (names or {}).get(name, name)
+        neutral += [found] if isinstance(found, str) else found
     common = []
-    for each in zip(*parts, strict=False):
+    for each in zip(*(name.split(".")[:-1] for name in neutral), strict=False):
         if len(set(each)) > 1:
             break
         common.append(each[0])

@@ -11,10 +11,11 @@ from dataclasses import dataclass
 
 from ada2ms.core.trace import data
 from ada2ms.core.trace.outputs import MODEL, Activation, Output, apart
-from ada2ms.core.trace.pair import GROWTH, ROUNDINGS, Pair
+from ada2ms.core.trace.pair import GROWTH, ROUNDINGS, Pair, Yardstick
 from ada2ms.core.trace.sketch import precision
 from ada2ms.core.trace.verdict import Verdict, some
 
+_MUCH = 1e-3  # of a difference, to which nothing that is computed from it falls
 _MANY = 50  # steps of which nobody is asked to keep entries
 _NARROW = 2.0**-12  # half an ulp of types that are wider than 16 bits is less
 _UNLOCATED = {"everything", "some gradients", "precision", "not finite", "factors"}  # kinds that name no place
@@ -72,7 +73,7 @@ def place(pair: Pair, i: int, verdict: Verdict, drift: float) -> None:
         shapes = " and ".join(str(output.arrays[0].shape) for output in common[0] if output.arrays)
         verdict.notes.append(f"outputs have other sizes, that of {common[0][0].name} {shapes}, and are not compared")
         return
-    k = _first(seen, pair.yardstick.arithmetic, drift)
+    k = _first(seen, pair.yardstick, drift)
     if k is None:
         _agreeing(seen, verdict)
     else:
@@ -108,23 +109,29 @@ def _seen(pair: Pair, i: int, common: list[tuple[Output, Output]]) -> Iterator[_
                     yield _Seen(outputs, is_input, arrays, found)
 
 
-def _first(seen: list[_Seen], arithmetic: float, drift: float) -> int | None:
+def _first(seen: list[_Seen], stick: Yardstick, drift: float) -> int | None:
     """The first that differs; of another size only if nothing after it agrees.
+
+    What the longest sums might leave is in doubt: it is named if nothing after it differs by much more.
 
     Args:
         seen: by the order of A.
-        arithmetic: half an ulp of it.
+        stick: what rounding explains.
         drift: how far apart values are, from which it begins.
     """
-    most, sized = drift, None
+    most, sized, doubtful = drift, None, None
     for k, each in enumerate(seen):
         if each.apart is None:
             sized = k if sized is None else sized
-        elif each.apart > max(each.floor(arithmetic), GROWTH * most):
+            continue
+        if each.apart <= max(each.floor(stick.arithmetic), GROWTH * most):
+            sized = None
+        elif each.apart > stick.rounding:
             return k if sized is None else sized
-        else:
-            most, sized = max(most, each.apart), None
-    return sized
+        elif doubtful is None:
+            doubtful = k
+        most = max(most, each.apart)
+    return sized if doubtful is None else doubtful
 
 
 def _agreeing(seen: list[_Seen], verdict: Verdict) -> None:
@@ -152,7 +159,7 @@ def _differing(pair: Pair, i: int, seen: list[_Seen], k: int, verdict: Verdict) 
         cause = f"the output of {first.name} is the first to differ ({_by(first)})"
         cause += ", what it is given agrees" if given else f"; that of {names[-1]}, before it, agrees" if names else ""
         own = f"{first.name} itself: its arguments, mode and type"
-        if names and any(each.composed for each in first.of):
+        if names and all(each.composed for each in first.of):
             own = f"what {first.name} computes besides its modules, after {names[-1]}"
         between = f"{first.name}, and what lies between {names[-1]} and it" if names else f"{first.name} and its input"
         where = [own if given else between]
@@ -167,14 +174,26 @@ def _differing(pair: Pair, i: int, seen: list[_Seen], k: int, verdict: Verdict) 
     if verdict.kind in _UNLOCATED:
         verdict.stage = "forward"  # whatever showed it, it is there
     verdict.look[:0] = where
-    modes = [each.training for each in first.of]
-    if None not in modes and modes[0] != modes[1]:
-        verdict.evidence.append(f"{first.name} is in training mode in {'AB'[bool(modes[1])]} alone")
     if names:
         most = max((each.apart for each in before if each.apart is not None), default=0.0)
         verdict.agrees.append(f"in step {i + 1}: the outputs of {some(names[::-1], 2)}, to {most:.1e}")
-    after = [f"{each.name} {each.apart:.1e}" for each in seen[k:] if not each.is_input and each.apart is not None]
-    verdict.evidence += [f"outputs differ from there on: {some(after)}"] if after else []
+    verdict.evidence += _seen_after(first, seen[k:], pair.yardstick.arithmetic)
+
+
+def _seen_after(first: _Seen, after: list[_Seen], arithmetic: float) -> list[str]:
+    """What the outputs from the first that differs on show."""
+    found = []
+    modes = [each.training for each in first.of]
+    if None not in modes and modes[0] != modes[1]:
+        found.append(f"{first.name} is in training mode in {'AB'[bool(modes[1])]} alone")
+    apart_ = [(each, each.apart) for each in after if each.apart is not None]
+    if sizes := [f"{each.name} {size:.1e}" for each, size in apart_ if not each.is_input]:
+        found.append(f"outputs differ from there on: {some(sizes)}")
+    much = math.inf if first.apart is None else _MUCH * first.apart
+    if again := [each.name for each, size in apart_ if not each.is_input and size <= min(each.floor(arithmetic), much)]:
+        what = "another branch, or what is recorded by this name is not the same in both"
+        found.append(f"after {first.name} those of {some(list(dict.fromkeys(again)), 2)} agree: {what}")
+    return found
 
 
 def _by(seen: _Seen) -> str:
