@@ -20,11 +20,11 @@ STEPS, CHECKPOINT, STOP = 14, 8, 10  # of the whole run; when state is saved; wh
 class Run:
     """A network, its optimizer and a schedule; what is saved of them, and the step that comes."""
 
-    def __init__(self, optimizer: Callable[..., torch.optim.Optimizer]) -> None:
+    def __init__(self, optimizer: Callable[..., torch.optim.Optimizer], rate: Callable[[int], float]) -> None:
         torch.manual_seed(0)
         self.net = nn.Sequential(nn.Linear(6, 16), nn.Tanh(), nn.Linear(16, 3))
         self.optimizer = optimizer(self.net.parameters(), lr=1e-2)
-        self.schedule = torch.optim.lr_scheduler.LambdaLR(self.optimizer, lambda step: 0.9**step)
+        self.schedule = torch.optim.lr_scheduler.LambdaLR(self.optimizer, rate)
         self.step = 0
 
     @property
@@ -54,11 +54,25 @@ class Run:
         return saved
 
 
-def traces(folder: Path, without: str = "", optimizer: Any = torch.optim.AdamW, stop: int = STOP) -> list[Trace]:
+def falling(step: int) -> float:
+    """By what the learning rate is multiplied."""
+    return 0.9**step
+
+
+def traces(
+    folder: Path,
+    without: str = "",
+    optimizer: Any = torch.optim.AdamW,
+    stop: int = STOP,
+    checkpoint: int = CHECKPOINT,
+    rate: Callable[[int], float] = falling,
+) -> list[Trace]:
     """A whole run; one that is stopped; and the rest of it from the checkpoint, of which something is not restored."""
-    Run(optimizer).train(folder / "a", STEPS)
-    saved = Run(optimizer).train(folder / "b", stop, CHECKPOINT)
-    rest = Run(optimizer)
+    Run(optimizer, rate).train(folder / "a", STEPS)
+    saved = Run(optimizer, rate).train(folder / "b", stop, checkpoint)
+    rest = Run(optimizer, rate)
+    if without == "head":
+        saved["net"]["2.weight"] = torch.ones(3, 16)
     if without == "moments":
         saved["optimizer"]["state"] = {}
     for name, part in rest.parts.items():
@@ -100,12 +114,35 @@ def test_what_is_not_restored_shows_where_the_run_goes_on(without: str, tmp_path
         assert "what B's checkpoint has and what is restored from it" in verdict.look[0]
 
 
+@pytest.mark.parametrize("checkpoint", [STOP, *slow(6, CHECKPOINT)])
+def test_where_values_do_not_change_the_data_tell_where_it_goes_on(checkpoint: int, tmp_path: Path) -> None:
+    a, b, b2 = traces(tmp_path, checkpoint=checkpoint, rate=lambda step: float(step < 5))
+    whole = resumed(b, b2)
+    assert whole.about["resumed"] == [checkpoint + 1]
+    assert diff(a, whole).outcome == "only rounding"
+
+
+@pytest.mark.parametrize("without", ["head", *slow("net")])
+def test_values_that_were_not_restored_are_no_other_place(without: str, tmp_path: Path) -> None:
+    """Though the run that was stopped had gone further than its checkpoint."""
+    a, b, b2 = traces(tmp_path, without)
+    verdict = diff(a, resumed(b, b2))
+    assert (verdict.stage, verdict.step) == ("value", CHECKPOINT + 1), verdict
+
+
+def test_moments_that_are_lost_in_the_first_steps_are_named(tmp_path: Path) -> None:
+    a, b, b2 = traces(tmp_path, "moments", checkpoint=2)
+    verdict = diff(a, resumed(b, b2))
+    assert (verdict.stage, verdict.step) == ("update", 3), verdict
+    assert verdict.cause.startswith("the update of B is that of an optimizer's first step")
+
+
 def test_the_command_takes_the_rest(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     traces(tmp_path)
     a, b, b2 = (str(tmp_path / name) for name in ("a", "b", "b2"))
     assert main(["trace", "diff", a, b, "--then", b2]) == 0
     assert f"in {STEPS} steps" in capsys.readouterr().out
-    Run(torch.optim.AdamW).train(tmp_path / "c", 1, names={"0.weight": "other"})
+    Run(torch.optim.AdamW, falling).train(tmp_path / "c", 1, names={"0.weight": "other"})
     assert main(["trace", "diff", a, b, "--then", str(tmp_path / "c")]) == 2
     assert "has other parameters than" in capsys.readouterr().err
 

@@ -5,8 +5,9 @@ from typing import Final
 
 import numpy as np
 
+from ada2ms.core.trace.data import alike, flat
 from ada2ms.core.trace.file import TraceError
-from ada2ms.core.trace.model import Trace
+from ada2ms.core.trace.model import Step, Trace
 from ada2ms.core.trace.pair import ROUNDINGS
 from ada2ms.core.trace.sketch import Array, distance, precision, resolution
 
@@ -17,7 +18,7 @@ def resumed(run: Trace, rest: Trace) -> Trace:
     """A run as it went on: up to the checkpoint that the rest begins with, and then the rest.
 
     The checkpoint may be of before the run's end, since runs are stopped at any time. It is found by the values of the
-    rest's first step; where they are none of the run's, the rest is held to follow its end.
+    rest's first step, or its batch; where they are none of the run's, the rest is held to follow its end.
 
     Args:
         run: until it was stopped.
@@ -35,19 +36,36 @@ def resumed(run: Trace, rest: Trace) -> Trace:
 
 
 def _place(run: Trace, rest: Trace) -> int:
-    """How many steps were done when the checkpoint was made; values of the start are those of a model not restored."""
+    """How many steps were done when the checkpoint was made.
+
+    Values of as many parameters as possible are those of the rest's first step, since some may not have been restored.
+    Where that holds after several steps, as without a learning rate, or after none, the batch that comes next tells.
+    Values of the start are those of a model not restored.
+    """
     if not run.steps:
         return 0
     last = run.steps[-1].sketches
     states = [*(step.sketches["value"] for step in run.steps[1:]), last["value"] + last["update"]]
     first = rest.steps[0].sketches["value"]
     digits = np.array([precision(p.dtype) + resolution(p.dtype) for p in run.parameters])
-    off = [_off(first, state, digits) for state in states]
-    best = int(np.argmin(off))
-    return best + 1 if off[best] <= ROUNDINGS else len(run.steps)
+    off = np.array([_off(first, state, digits) for state in states])
+    fitting = np.sum(off <= ROUNDINGS, axis=1)
+    places: list[int] = (np.flatnonzero(fitting == fitting.max()) + 1).tolist()
+    repeated = [step.number for step in run.steps if _is_same_batch(step, rest.steps[0])]
+    following = [place for place in places if place + 1 in repeated]
+    if fitting.max() > 0:
+        return min(following or places, key=lambda place: (float(off[place - 1].max()), -place))
+    return following[-1] if following and len(repeated) == 1 else len(run.steps)  # data come again, as in each epoch
 
 
-def _off(a: Array, b: Array, digits: Array) -> float:
-    """The largest difference of a parameter's values, in units of what rounding explains."""
+def _off(a: Array, b: Array, digits: Array) -> Array:
+    """The differences of all parameters' values, in units of what rounding explains."""
     d, norms = distance(a, b), np.maximum(a[:, 0], digits.min())
-    return float(np.nan_to_num(np.max(d / (digits * norms), initial=0.0), nan=np.inf))
+    return np.asarray(np.nan_to_num(d / (digits * norms), nan=np.inf))
+
+
+def _is_same_batch(a: Step, b: Step) -> bool:
+    """Whether two steps were told the same data, in any order of samples."""
+    each = flat(a), flat(b)
+    same = len(each[0]) == len(each[1]) > 0
+    return same and all(alike(x, y) in ("equal", "order") for x, y in zip(*each, strict=True))

@@ -19,6 +19,7 @@ from ada2ms.core.trace.speech import Speech, Voice, alike, odd_rate, same_rates,
 from ada2ms.core.trace.verdict import Verdict, joined, some
 
 _LOOK = ["the arguments of the optimizers", "docs of the optimizers: in what their rules differ"]
+_LOST = "whether the optimizer's state was lost: after a restart, or by making the optimizer anew"
 _MASKS = "masks and groups: which parameters decay, or have a learning rate of their own"
 _KERAS = (
     "Keras' own optimizers have no other place for epsilon; ada2ms.tf.Ada2MS at adaptivity 1 is AdamW as torch has it"
@@ -175,6 +176,8 @@ class Updates:
         cause = f"the updates of {some(names)} in {side} do not follow from their gradients as {other}'s do"
         some_of = len(names) < len(self.pair.names)
         look = [*[_MASKS] * some_of, "the optimizer, what it keeps from before, and what wraps it"]
+        if i and self._lost(i) == side:
+            cause, look = f"the update of {side} is that of an optimizer's first step: {some(names)}", [_LOST]
         if any("lr" not in (x if side == "A" else y).run[0].hyper[0] for (x, y), _ in each):
             look.append(f"hyper= of {side}'s recorder: told the learning rate, by its schedule, more can be found out")
         kind = "some updates" if some_of else "other updates"
@@ -227,7 +230,7 @@ class Updates:
         is_recount = is_factor and self._is_recount(i, c)
         if not is_recount and (lost := self._lost(i)):
             cause = f"the update of {lost} is that of an optimizer's first step: {some(names)}"
-            look = ["whether the optimizer's state was lost: after a restart, or by making the optimizer anew"]
+            look = [_LOST]
             return Verdict("parted", cause, "update", i + 1, "other updates", evidence, look=look, parameters=names)
         if is_factor:
             cause = f"from the same gradients the updates of B are {c:.4g} times those of A"
