@@ -1,4 +1,4 @@
-"""Hyperparameters that states of Optax hold themselves."""
+"""Hyperparameters, and counts of steps, that states of Optax hold themselves."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -35,6 +35,16 @@ def injected(state: Any, names: Sequence[str]) -> tuple[dict[str, str], dict[str
         before = found.setdefault(label, {})
         found[label] = {name: x for name, x in (before | held).items() if not (name in before and name in held)}
     return labels, found
+
+
+def counts(state: Any) -> list[Any]:
+    """How many updates were completed before, as an optimizer's states have it; each the same, or none."""
+    leaves = jax.tree_util.tree_leaves_with_path(state)
+    return [x for path, x in leaves if path and getattr(path[-1], "name", "") == "count" and _is_whole_number(x)]
+
+
+def _is_whole_number(x: Any) -> bool:
+    return jnp.ndim(x) == 0 and bool(jnp.issubdtype(jnp.asarray(x).dtype, jnp.integer))
 
 
 def _has_hyper(node: Any) -> bool:

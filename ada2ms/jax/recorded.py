@@ -13,7 +13,7 @@ from jax.experimental import io_callback
 from ada2ms.core.trace import Parameter, TraceError
 from ada2ms.core.trace.model import positions
 from ada2ms.jax import sketches, sketches_cpu
-from ada2ms.jax.injected import injected
+from ada2ms.jax.injected import counts, injected
 from ada2ms.jax.names import by_path
 from ada2ms.jax.order import counted_after, in_one_order, may_ask
 from ada2ms.jax.trace import NEW_VALUE, Recorder
@@ -50,7 +50,7 @@ def recorded(optimizer: optax.GradientTransformation, recorder: Recorder) -> opt
             whole = jax.tree.map(
                 lambda acc, g: acc + (g - acc) / (state.mini_step + 1) if mean else acc + g, state.acc_grads, updates
             )
-            _Traced(recorder, params, whole).send(new_updates, new_state)
+            _Traced(recorder, params, whole, state).send(new_updates, new_state)
 
         with in_one_order():
             jax.lax.cond(new_state.gradient_step != state.gradient_step, send, lambda _: None, 0)
@@ -64,7 +64,7 @@ def _in_order(recorder: Recorder, params: Any, gradients: Any, update: Callable[
 
     New parameters are written over the old; unless these have been read before, they are copied first.
     """
-    traced = _Traced(recorder, params, gradients)
+    traced = _Traced(recorder, params, gradients, state)
     new_updates, new_state = update(counted_after(state, *traced.read))
     traced.send(new_updates, new_state)
     return new_updates, new_state
@@ -73,8 +73,9 @@ def _in_order(recorder: Recorder, params: Any, gradients: Any, update: Callable[
 class _Traced:
     """What a program records of a step: first of what is there before, then of what the step does."""
 
-    def __init__(self, recorder: Recorder, params: Any, gradients: Any) -> None:
+    def __init__(self, recorder: Recorder, params: Any, gradients: Any, state: Any) -> None:
         self._recorder = recorder
+        self._counts = counts(state)
         trees = {"gradient": gradients} if params is None else {"value": params, "gradient": gradients}
         self._before = {what: self._known(tree) for what, tree in trees.items()}
         self._in_cpp = params is not None and sketches_cpu.is_available(self._before.values())
@@ -118,10 +119,10 @@ class _Traced:
         take = partial(recorder.take, missing, labels, [*self._rows, what])
 
         def with_entries() -> None:
-            io_callback(take, None, rows, hyper, {what: self._entries(arrays)}, ordered=True)
+            io_callback(take, None, rows, hyper, self._counts, {what: self._entries(arrays)}, ordered=True)
 
         def without() -> None:
-            io_callback(take, None, rows, hyper, ordered=True)
+            io_callback(take, None, rows, hyper, self._counts, ordered=True)
 
         if self._is_full is None:
             without()

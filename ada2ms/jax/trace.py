@@ -58,9 +58,9 @@ class Recorder:
         statistics: what moves besides, as it is before the first step, such as `variables["batch_stats"]` or
             `nnx.state(model, nnx.BatchStat)`; then tell `recorder.statistics` after each step.
         hyper: what the optimizer was made with, by the names `lr`, `b1`, `b2`, `eps`, `weight_decay`, `adaptivity`
-            and the like: numbers, or schedules of the count of completed updates. Where leaves have others (masks,
-            `optax.multi_transform`, groups): a function that gives them for a leaf's name. With `max_norm`, gradients
-            are recorded as Ada2MS clips them.
+            and the like: numbers, or schedules of the count of completed updates, which a state from a checkpoint has.
+            Where leaves have others (masks, `optax.multi_transform`, groups): a function that gives them for a leaf's
+            name. With `max_norm`, gradients are recorded as Ada2MS clips them.
         optimizer: what it is called, such as "optax.adamw".
         full: of how many steps to keep entries of the arrays as well.
         entries: how many entries of each array; of larger ones a sample.
@@ -217,6 +217,7 @@ class Recorder:
         tensors: Sequence[str],
         rows: Any,
         hyper: Any,
+        counts: Sequence[Any],
         full: Any = None,
     ) -> None:
         """Adds a step; called by the compiled program.
@@ -227,12 +228,13 @@ class Recorder:
             tensors: those that are sketched; with NEW_VALUE the update is what was added to the value.
             rows: their sketches, (tensors, parameters, WIDTH), with squares of the norms; or as C++ gives them.
             hyper: what states hold, by label.
+            counts: of completed updates, as states have them.
             full: entries of what the step did.
         """
         if self._closed:
             return
-        self._begin(labels)
-        count = self._writer.count
+        count = max(map(int, counts), default=self._writer.count)
+        self._begin(labels, is_started=count > self._writer.count)
         step = Step(0, empty_sketches(len(self.parameters)), np.zeros(len(self.parameters), bool))
         step.sketches |= _sketches(tensors, rows)
         step.full, self._full = {**self._full, **_entries(full or {})}, {}
@@ -251,7 +253,7 @@ class Recorder:
         self._writer.add(step)
         self.outputs.step(step)
 
-    def _begin(self, labels: Mapping[str, str]) -> None:
+    def _begin(self, labels: Mapping[str, str], *, is_started: bool = False) -> None:
         """Writes what the trace is of, in the first step: which leaves have hyperparameters of their own."""
         if self._groups is not None:
             return
@@ -261,7 +263,9 @@ class Recorder:
             groups += [group] if group not in groups else []
             self.parameters[i] = replace(p, group=groups.index(group))
         self._groups = groups
-        self._writer.begin(self._about, self.parameters, self._statistics or None, self._start)
+        self._writer.begin(
+            {**self._about, "started": is_started}, self.parameters, self._statistics or None, self._start
+        )
 
 
 def _sketches(tensors: Sequence[str], rows: Any) -> dict[str, Any]:

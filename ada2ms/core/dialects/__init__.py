@@ -5,7 +5,18 @@ the dialects of optimizers that are known; `replay.py` computes updates, under t
 `ada2ms trace` and `ada2ms identify` both use it.
 """
 
-from ada2ms.core.dialects.catalogue import FEATURES, KNOWN, OTHERS, OWN, OWN_HYPER, base, claimed, values_of, variants
+from ada2ms.core.dialects.catalogue import (
+    FEATURES,
+    KNOWN,
+    OTHERS,
+    OWN,
+    OWN_HYPER,
+    base,
+    claimed,
+    is_claim,
+    values_of,
+    variants,
+)
 from ada2ms.core.dialects.dialect import DEFAULTS, FAMILIES, WORDS, Dialect, Hyper, said
 from ada2ms.core.dialects.replay import Array, replay, rounded
 
@@ -23,6 +34,7 @@ __all__ = [
     "Hyper",
     "base",
     "claimed",
+    "is_claim",
     "replay",
     "rounded",
     "said",

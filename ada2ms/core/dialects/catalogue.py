@@ -95,6 +95,7 @@ OWN_HYPER: Final[dict[str, tuple[str, ...]]] = {
     "adamax": ("b1", "b2", "eps", "weight_decay"),
     "lion": ("b1", "b2", "weight_decay"),
 }
+_TELLING: Final = {"adaptivity", "momentum", "b1", "b2"}  # hyperparameters, of an optimizer of unknown name
 # Where a family has only some of a feature's values.
 _LIMITED: Final[dict[str, dict[str, tuple[Any, ...]]]] = {
     "adamax": {"eps": ("outside", "inside"), "bias": ("both", "none")},
@@ -124,6 +125,13 @@ def claimed(optimizer: str, hyper: Hyper) -> Dialect:
     last = optimizer.rpartition(".")[2].lower()
     known = next((name for name in KNOWN if name.rpartition(".")[2].lower() == last), optimizer)
     return base(optimizer if optimizer in KNOWN or last == "ada2ms" else known, hyper)
+
+
+def is_claim(optimizer: str, hyper: Hyper) -> bool:
+    """Whether a name, or hyperparameters, say what `claimed` gives, which else is a guess."""
+    last = optimizer.rpartition(".")[2].lower()
+    names = {"ada2ms", *(name.rpartition(".")[2].lower() for name in KNOWN)}
+    return last in names or optimizer.lower().endswith("ada2ms") or bool(hyper.keys() & _TELLING)
 
 
 def variants(dialect: Dialect, hyper: Hyper) -> list[Dialect]:

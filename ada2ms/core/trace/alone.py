@@ -4,7 +4,7 @@ from collections.abc import Iterable
 from dataclasses import replace
 from typing import TypeVar
 
-from ada2ms.core.dialects import claimed
+from ada2ms.core.dialects import claimed, is_claim
 from ada2ms.core.trace.explain import Fit, spoken
 from ada2ms.core.trace.model import Trace
 from ada2ms.core.trace.speech import Speech, Voice, speech
@@ -61,11 +61,11 @@ def _by(pairs: Iterable[tuple[Key, Voice]]) -> list[tuple[Key, list[Voice]]]:
 def _fault(voice: Voice, name: str) -> tuple[int, str, str] | None:
     """In what a voice is not what its optimizer claims: the step, one word, and a sentence, with "{}" for whose it is.
 
-    What nobody told, such as an Optax optimizer's weight decay, is as updates show it.
+    What nobody told, such as an Optax optimizer's weight decay, is as updates show it; so is the rule itself.
     """
     hyper = voice.run[0].hyper[0]
     untold = tuple(pair for pair in voice.fit.dialect.changed if pair[0] not in hyper)
-    own = replace(claimed(name, hyper), changed=untold)
+    own = replace(claimed(name, hyper) if is_claim(name, hyper) else voice.fit.dialect, changed=untold)
     differences = own.differences(voice.fit.dialect, hyper, hyper)
     at = _first_odd(voice.fit) if "lr" in hyper else 0
     kinds = [key for key in vars(own) if getattr(own, key) != getattr(voice.fit.dialect, key)] or ["lr"]
