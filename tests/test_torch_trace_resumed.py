@@ -22,10 +22,14 @@ class Run:
 
     def __init__(self, optimizer: Callable[..., torch.optim.Optimizer], rate: Callable[[int], float]) -> None:
         torch.manual_seed(0)
-        self.net = nn.Sequential(nn.Linear(6, 16), nn.Tanh(), nn.Linear(16, 3))
+        self.net = nn.Sequential(*self.layers())
         self.optimizer = optimizer(self.net.parameters(), lr=1e-2)
         self.schedule = torch.optim.lr_scheduler.LambdaLR(self.optimizer, rate)
         self.step = 0
+
+    @staticmethod
+    def layers() -> list[nn.Module]:
+        return [nn.Linear(6, 16), nn.Tanh(), nn.Linear(16, 3)]
 
     @property
     def parts(self) -> dict[str, Any]:
@@ -73,6 +77,8 @@ def traces(
     rest = Run(optimizer, rate)
     if without == "head":
         saved["net"]["2.weight"] = torch.ones(3, 16)
+    if without == "statistics":
+        saved["net"] |= {"1.running_mean": torch.zeros(3), "1.running_var": torch.ones(3)}
     if without == "moments":
         saved["optimizer"]["state"] = {}
     for name, part in rest.parts.items():
@@ -135,6 +141,21 @@ def test_moments_that_are_lost_in_the_first_steps_are_named(tmp_path: Path) -> N
     verdict = diff(a, resumed(b, b2))
     assert (verdict.stage, verdict.step) == ("update", 3), verdict
     assert verdict.cause.startswith("the update of B is that of an optimizer's first step")
+
+
+def test_one_layer_shows_that_its_moments_are_lost(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By all entries of the update: sketches of two tensors do not tell it from that of moments which are there."""
+    monkeypatch.setattr(Run, "layers", staticmethod(lambda: [nn.Linear(6, 3)]))
+    a, b, b2 = traces(tmp_path, "moments")
+    assert diff(a, resumed(b, b2)).cause.startswith("the update of B is that of an optimizer's first step")
+
+
+def test_statistics_that_are_lost_point_to_the_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Run, "layers", staticmethod(lambda: [nn.Linear(6, 3), nn.BatchNorm1d(3)]))
+    a, b, b2 = traces(tmp_path, "statistics")
+    found = diff(a, resumed(b, b2))
+    assert (found.stage, found.step) == ("statistics", CHECKPOINT + 1), found
+    assert "what B's checkpoint has and what is restored from it" in found.look[0]
 
 
 def test_the_command_takes_the_rest(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -14,6 +14,7 @@ from ada2ms.core.trace import causes
 from ada2ms.core.trace.explain import Fit, fit, spoken
 from ada2ms.core.trace.near import nearest
 from ada2ms.core.trace.pair import ROUNDINGS, Pair, factor, relative
+from ada2ms.core.trace.resumed import RESUMED
 from ada2ms.core.trace.sketch import SUMS, precision
 from ada2ms.core.trace.speech import Speech, Voice, alike, odd_rate, same_rates, speech
 from ada2ms.core.trace.verdict import Verdict, joined, some
@@ -25,6 +26,7 @@ _KERAS = (
     "Keras' own optimizers have no other place for epsilon; ada2ms.tf.Ada2MS at adaptivity 1 is AdamW as torch has it"
 )
 _ALIKE = 1e-4  # relatively, learning rates that are told as one
+_DECAY = 0.02  # relatively, by what an Adam's first step may not be lr in each entry, for decay and small gradients
 _MOST = 3  # learning rates that are told one by one
 
 _Odd = tuple[Voice, Voice]  # of the same parameters in A and in B, which differ
@@ -247,7 +249,7 @@ class Updates:
         """The root mean square of a run's update in units of lr: 1 in Adam's first step; NaN if it is not Adam's.
 
         And three times its standard error. Where a recorder has only the sketches of values, the square of an update's
-        norm is the mean of 8 squares, and its standard error sqrt(2 / 8) of it.
+        norm is the mean of 8 squares, and its standard error sqrt(2 / 8) of it; of all entries there is none.
         """
         trace, index = ((self.pair.a, self.pair.ia), (self.pair.b, self.pair.ib))[side]
         step = self.pair.steps[i][side]
@@ -258,10 +260,15 @@ class Updates:
             if "b2" not in hyper or "lr" not in hyper or hyper.get("adaptivity", 1.0) != 1.0:
                 return math.nan, 0.0
             if not step.missing[k]:
-                moved += float(step.sketches["update"][k, 0]) ** 2
+                entries = step.full.get("update", {}).get(p.name)
+                exact = entries is not None and entries.size == p.size
+                norm = np.linalg.norm(entries) if entries is not None and exact else step.sketches["update"][k, 0]
+                moved += float(norm) ** 2
                 whole += hyper["lr"] ** 2 * p.size
-                error += (hyper["lr"] ** 2 * p.size) ** 2 * 2 / SUMS
-        return (math.sqrt(moved / whole), 3 * math.sqrt(error) / whole / 2) if whole > 0 else (math.nan, 0.0)
+                error += 0.0 if exact else (hyper["lr"] ** 2 * p.size) ** 2 * 2 / SUMS
+        return (
+            (math.sqrt(moved / whole), max(_DECAY, 3 * math.sqrt(error) / whole / 2)) if whole > 0 else (math.nan, 0.0)
+        )
 
     def _lost(self, i: int) -> str:
         """Which run alone makes an optimizer's first step, though it is none; empty if it is not that."""
@@ -270,6 +277,9 @@ class Updates:
             return "AB"[started.index(False)]
         strides = [self._stride(i, side) for side in (0, 1)]
         first = [abs(x - 1) < error for x, error in strides]
+        goes_on = [i + 1 in t.about.get(RESUMED, []) for t in (self.pair.a, self.pair.b)]
+        if goes_on[0] != goes_on[1] and strides[goes_on.index(True)][1] <= _DECAY:
+            return "AB"[goes_on.index(True)] * first[goes_on.index(True)]
         if (i == 0 and not all(started)) or first[0] == first[1]:
             return ""
         side = first.index(True)

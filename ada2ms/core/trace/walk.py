@@ -247,6 +247,8 @@ def _with_statistics(walk: _Walk, verdict: Verdict) -> Verdict:
     if found is None and parted and not alike and verdict.stage != "start":
         found = statistics.still(verdict.step)
     first, second = verdict, found
+    if found is not None:
+        _look_at_checkpoints(walk.pair, found)
     if found is not None and (not parted or _place(found) < _place(verdict)):
         first, second = found, verdict if parted else None
         first.notes += verdict.notes
@@ -312,16 +314,20 @@ def _finished(walk: _Walk, verdict: Verdict, problems: list[str], i: int) -> Ver
     for who, t in (("A", pair.a), ("B", pair.b)):
         begins = t.about.get(RESUMED, [])
         verdict.notes += [f"{who} goes on from a checkpoint with step {step}" for step in begins]
-        if verdict.step in begins:
-            verdict.look.insert(
-                0, f"what {who}'s checkpoint has and what is restored from it: it is where {who} goes on"
-            )
+    _look_at_checkpoints(pair, verdict)
     lengths = len(pair.a.steps), len(pair.b.steps)
     if lengths[0] != lengths[1]:
         verdict.notes.append(f"A has {lengths[0]} steps and B {lengths[1]}: the first {min(lengths)} were compared")
     if walk.silent_repeat:
         verdict.notes.append("the repeat is equal to A in every bit, and says nothing of rounding")
     return verdict
+
+
+def _look_at_checkpoints(pair: Pair, verdict: Verdict) -> None:
+    for who, t in (("A", pair.a), ("B", pair.b)):
+        if verdict.step in t.about.get(RESUMED, []):
+            look = f"what {who}'s checkpoint has and what is restored from it: it is where {who} goes on"
+            verdict.look.insert(0, look)
 
 
 def _name_the_rest(pair: Pair, verdict: Verdict) -> None:
