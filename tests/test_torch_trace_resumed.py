@@ -2,6 +2,7 @@
 
 import copy
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -173,3 +174,18 @@ def test_a_rest_of_other_parameters_is_refused(tmp_path: Path) -> None:
     b2.parameters = b2.parameters[1:]
     with pytest.raises(TraceError, match="has other parameters"):
         resumed(b, b2)
+
+
+def test_traces_without_steps_are_no_places(tmp_path: Path) -> None:
+    _, b, b2 = traces(tmp_path)
+    empty = replace(b, steps=[])
+    assert resumed(b, empty) is b
+    with pytest.raises(TraceError, match="has no steps, so that where .* goes on is not known"):
+        resumed(empty, b2)
+
+
+def test_a_rest_from_an_earlier_checkpoint_takes_the_place_of_a_later_one(tmp_path: Path) -> None:
+    a, b, b2 = traces(tmp_path)
+    whole = resumed(resumed(b, replace(b2, steps=b2.steps[2:])), b2)
+    assert whole.about["resumed"] == [CHECKPOINT + 1]
+    assert diff(a, whole).outcome == "only rounding"

@@ -25,13 +25,17 @@ def resumed(run: Trace, rest: Trace) -> Trace:
         rest: from the checkpoint on.
 
     Raises:
-        TraceError: they have other parameters.
+        TraceError: they have other parameters, or the run has no steps.
     """
     if [(p.name, p.shape) for p in run.parameters] != [(p.name, p.shape) for p in rest.parameters]:
         raise TraceError(f"{str(rest.path)!r} has other parameters than {str(run.path)!r}, which it is to go on from")
-    place = _place(run, rest) if rest.steps else len(run.steps)
+    if not rest.steps:
+        return run
+    if not run.steps:
+        raise TraceError(f"{str(run.path)!r} has no steps, so that where {str(rest.path)!r} goes on is not known")
+    place = _place(run, rest)
     steps = [*run.steps[:place], *(replace(step, number=place + i + 1) for i, step in enumerate(rest.steps))]
-    about = {**run.about, RESUMED: [*run.about.get(RESUMED, []), place + 1]}
+    about = {**run.about, RESUMED: [*(n for n in run.about.get(RESUMED, []) if n <= place), place + 1]}
     return replace(run, about=about, steps=steps, complete=rest.complete)
 
 
@@ -42,8 +46,6 @@ def _place(run: Trace, rest: Trace) -> int:
     Where that holds after several steps, as without a learning rate, or after none, the batch that comes next tells.
     Values of the start are those of a model not restored.
     """
-    if not run.steps:
-        return 0
     last = run.steps[-1].sketches
     states = [*(step.sketches["value"] for step in run.steps[1:]), last["value"] + last["update"]]
     first = rest.steps[0].sketches["value"]
