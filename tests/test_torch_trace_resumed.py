@@ -180,7 +180,7 @@ def test_traces_without_steps_are_no_places(tmp_path: Path) -> None:
     _, b, b2 = traces(tmp_path)
     empty = replace(b, steps=[])
     assert resumed(b, empty) is b
-    with pytest.raises(TraceError, match="has no steps, so that where .* goes on is not known"):
+    with pytest.raises(TraceError, match="has no steps, so that where"):
         resumed(empty, b2)
 
 
