@@ -5,12 +5,13 @@ from dataclasses import replace
 from typing import Any
 
 import numpy as np
+import pytest
 import torch
 import trace_faults
 
 from ada2ms.core.dialects import Dialect
 from ada2ms.core.trace import Trace, diff
-from ada2ms.core.trace.explain import fit
+from ada2ms.core.trace.explain import decaying, fit
 from ada2ms.core.trace.model import Parameter
 from ada2ms.core.trace.pair import Pair
 from ada2ms.core.trace.series import Series
@@ -80,6 +81,20 @@ def test_a_factor_is_told_by_what_is_exact() -> None:
     found = fit(Dialect(family="sgd", changed=(("weight_decay", 0.0), ("momentum", 0.0))), run, free=True)
     assert found.fits, found
     assert abs(found.factor - 1) < 1e-6
+
+
+@pytest.mark.parametrize(("size", "decay"), [(8, 0.0), (1000, 0.01)])
+def test_a_decay_that_nobody_told_does_not_show_in_a_few_entries(size: int, decay: float) -> None:
+    """Rounding of 8 entries lies along their values by chance."""
+    values = [np.full(size, 0.5), np.full(size, 0.4)]
+    signs = np.resize([1.0, -1.0], size)
+    moved = [0.01 * signs - 0.01 * 0.01 * x for x in values]
+    parameter = Parameter("w", "w", (size,), "bfloat16")
+    means = {"model": [1.0, 1.0], "tensor": [1.0, 1.0]}
+    run = [Series(parameter, list(values), [-signs, -signs], moved, [{"lr": 0.01}] * 2, means=means)]
+    found = decaying(fit(Dialect(), run), run)
+    assert found.fits
+    assert dict(found.dialect.changed).get("weight_decay", 0.0) == decay
 
 
 def test_where_both_clip_a_factor_before_it_is_told_of() -> None:

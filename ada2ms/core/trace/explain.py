@@ -15,6 +15,7 @@ from ada2ms.core.trace.sketch import precision
 
 _RATE: Final = 1e-5  # relatively, by what factors of one learning rate may differ, if rounding allows that much
 _SHARE: Final = 0.2  # of what is left, that a decay has to explain; by chance it is one share in their number
+_LEAST: Final = 64  # of which this is asked; fewer have such a share by chance
 
 
 @dataclass
@@ -175,7 +176,8 @@ def _explained(run: list[Series], first: Dialect) -> Fit:
 
 def decaying(found: Fit, run: list[Series]) -> Fit:
     """A fit, or one with the weight decay that nobody told and that shows, though rounding might explain as much."""
-    small = [] if "weight_decay" in run[0].hyper[0] else decays(found.dialect, run, _SHARE)
+    unasked = "weight_decay" in run[0].hyper[0] or sum(s.values[0].size for s in run) < _LEAST
+    small = [] if unasked else decays(found.dialect, run, _SHARE)
     return next((each for dialect in small if (each := fit(dialect, run)).fits), found)
 
 
