@@ -1,5 +1,7 @@
 """Outputs of modules in traces of torch: which are recorded, under which names, and of which forward passes."""
 
+import copy
+import pickle
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -149,6 +151,18 @@ def test_an_error_in_a_forward_pass_leaves_nothing_behind(tmp_path: Path) -> Non
     assert found[:3] == ["0.dense", "1.norm", "2.dense"]
     assert found[3:6] == ["0.dense (2)", "1.norm (2)", "2.dense (2)"]
     assert found[-1] == MODEL
+
+
+def test_copies_of_a_model_are_not_recorded(tmp_path: Path) -> None:
+    """Such as a moving average of it; and a model can be saved as a whole meanwhile."""
+
+    def forward(net: Any, _: Any) -> Tensor:
+        for other in (copy.deepcopy(net), pickle.loads(pickle.dumps(net))):
+            assert torch.equal(other(X), net(X))
+        return net(X).square().mean()  # type: ignore[no-any-return]
+
+    found = train(tmp_path / "a", network(), forward)
+    assert names(found)[-1] == f"{MODEL} (3)"
 
 
 def test_several_passes_in_a_step_are_numbered(tmp_path: Path) -> None:

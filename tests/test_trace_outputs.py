@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from ada2ms.cli import main
-from ada2ms.core.trace import Parameter, Step, Trace, Verdict, Writer, causes, diff, places
+from ada2ms.core.trace import Parameter, Step, Trace, TraceError, Verdict, Writer, causes, diff, file, places
 from ada2ms.core.trace.model import TENSORS
 from ada2ms.core.trace.outputs import MODEL, Output, activation, called
 from ada2ms.core.trace.sketch import sketch
@@ -35,23 +35,23 @@ def run(
 ) -> Trace:
     """A trace of one step with these outputs, arrays by name, with gradients that have so much noise, and values that
     are so far away."""
-    writer = Writer(path, full=full)
-    writer.begin({"framework": more.pop("framework", "none")}, PARAMETERS)
-    writer.loss(lambda: loss)
+    made = Writer(path, full=full)
+    made.begin({"framework": more.pop("framework", "none")}, PARAMETERS)
+    made.loss(lambda: loss)
     for name, x in given.items() if isinstance(given, dict) else given:
         options = dict(more)
         if isinstance(x, tuple):
             x, before = x
             options["inputs"] = [activation(before)]
         arrays = [activation(x)] if hasattr(x, "shape") else []
-        writer.output(Output(name, arrays, **options))
+        made.output(Output(name, arrays, **options))
     rng = np.random.default_rng(9)
     values = [rng.normal(size=(5, *p.shape)) for p in PARAMETERS]
     sketches = [
         np.array([sketch(x[k] + noise * x[4]) for x in values]) for k, noise in ((0, drift), (1, noise), (2, 0))
     ]
-    writer.add(Step(1, dict(zip(TENSORS, sketches, strict=True)), np.zeros(len(PARAMETERS), bool)))
-    writer.close()
+    made.add(Step(1, dict(zip(TENSORS, sketches, strict=True)), np.zeros(len(PARAMETERS), bool)))
+    made.close()
     return Trace.load(path)
 
 
@@ -78,6 +78,20 @@ def test_outputs_are_read_as_they_were_written_and_only_of_the_first_steps(tmp_p
     assert not run(tmp_path / "b", chain(), full=0).steps[0].outputs
     old = Trace.load(Path(__file__).parent / "data" / "trace-before-statistics.trace")
     assert not any(each.outputs for each in old.steps)
+
+
+@pytest.mark.parametrize("damaged", [3, [{"name": "a"}], [{"name": "a", "arrays": [{}], "inputs": []}]], ids=str)
+def test_what_is_no_output_is_refused(damaged: Any, tmp_path: Path) -> None:
+    run(tmp_path / "a", chain())
+    other = file.Appender(tmp_path / "b")
+    for chunk in file.read(tmp_path / "a"):
+        assert not isinstance(chunk, int)
+        for each in chunk[0].get("steps", []):
+            each["outputs"] = damaged
+        other.append(*chunk)
+    other.close()
+    with pytest.raises(TraceError, match="what is written in it is not what a trace has"):
+        Trace.load(tmp_path / "b")
 
 
 def test_the_first_that_differs_is_named(tmp_path: Path) -> None:

@@ -37,8 +37,8 @@ class Outputs:
         before, after = disable(self._before), disable(self._after)
         self._hooks = []
         for name, module in named_modules(model, names):
-            self._hooks.append(module.register_forward_pre_hook(before, with_kwargs=True))
-            named = partial(after, name)
+            self._hooks.append(module.register_forward_pre_hook(_Hook(before), with_kwargs=True))
+            named = _Hook(partial(after, name))
             self._hooks.append(module.register_forward_hook(named, with_kwargs=True, always_call=True))
 
     def take(self, note: Callable[[Output], None]) -> None:
@@ -91,6 +91,23 @@ class Outputs:
                 seen = self._seen[id(x)] = _Seen(weakref.ref(x), _version(x), _activation(x))
             found.append(seen.activation)
         return found
+
+
+class _Hook:
+    """A hook of this model alone: copies of the model, and pickled ones, have one that does nothing in its place."""
+
+    def __init__(self, note: Callable[..., None]) -> None:
+        self._note = note
+
+    def __call__(self, *args: Any) -> None:
+        self._note(*args)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _Hook, (_nothing,)
+
+
+def _nothing(*args: Any) -> None:
+    pass
 
 
 class _Pass(NamedTuple):
