@@ -27,7 +27,7 @@ def forward(fault: Any, keras: dict[str, Any]) -> list[Any]:
     return [
         attention("softmax over another axis", "4.dense", {"axis": -2}, b="jax"),
         attention("a missing residual", "5.norm", {"residual": False}, b="keras", base_b=keras),
-        attention("attention that is not scaled", "4.dense", {"scale": 1.0}, a="jax", quick=True),
+        attention("attention that is not scaled", "4.dense", {"scale": 1.0}, a="jax"),
         attention("attention to letters that follow", "4.dense", {"causal": False}, a="keras", b="jax", base_a=keras),
         attention("attention to padding", "4.dense", {"padding": False}, quick=True),
         fault(

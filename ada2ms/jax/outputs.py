@@ -18,6 +18,7 @@ import numpy as np
 from ada2ms.core.trace import Step, TraceError
 from ada2ms.core.trace.model import flattened
 from ada2ms.core.trace.outputs import Output, activation, numbered
+from ada2ms.jax.host import in_pieces
 
 
 class Outputs:
@@ -97,7 +98,8 @@ def _sender(wanted: Callable[[], Any], take: Callable[..., None]) -> Callable[..
     @jax.custom_batching.custom_vmap
     def send(*arrays: jax.Array) -> Any:
         def go(*arrays: jax.Array) -> int:
-            jax.debug.callback(take, *arrays, ordered=_is_ordered())
+            whole, pieces = in_pieces(take, *arrays)
+            jax.debug.callback(whole, *pieces, ordered=_is_ordered())
             return 0
 
         # Pure, since an effect would be refused as those of io_callback; nothing follows from when it is called.

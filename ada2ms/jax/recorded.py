@@ -13,6 +13,7 @@ from jax.experimental import io_callback
 from ada2ms.core.trace import Parameter, TraceError
 from ada2ms.core.trace.model import positions
 from ada2ms.jax import sketches, sketches_cpu
+from ada2ms.jax.host import call
 from ada2ms.jax.injected import counts, injected
 from ada2ms.jax.names import by_path
 from ada2ms.jax.order import counted_after, in_one_order, may_ask
@@ -94,7 +95,7 @@ class _Traced:
 
     def _send_entries(self) -> bool:
         full = {what: self._entries(arrays) for what, arrays in self._before.items()}
-        io_callback(self._recorder.take_entries, None, full, ordered=True)
+        call(self._recorder.take_entries, full)
         return True
 
     def send(self, updates: Any, state: Any) -> None:
@@ -119,10 +120,10 @@ class _Traced:
         take = partial(recorder.take, missing, labels, [*self._rows, what])
 
         def with_entries() -> None:
-            io_callback(take, None, rows, hyper, self._counts, {what: self._entries(arrays)}, ordered=True)
+            call(take, rows, hyper, self._counts, {what: self._entries(arrays)})
 
         def without() -> None:
-            io_callback(take, None, rows, hyper, self._counts, ordered=True)
+            call(take, rows, hyper, self._counts)
 
         if self._is_full is None:
             without()

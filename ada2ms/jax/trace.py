@@ -22,7 +22,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax  # type: ignore[import-untyped]
-from jax.experimental import io_callback
 
 from ada2ms.core.state import Axes, Extras, Names
 from ada2ms.core.trace import Step, TraceError, Writer
@@ -30,6 +29,7 @@ from ada2ms.core.trace.model import Observed, empty_sketches, flattened, moving,
 from ada2ms.core.trace.outputs import called
 from ada2ms.core.trace.sketch import change
 from ada2ms.core.trace.writer import DEFAULT_ENTRIES, DEFAULT_FLUSH, DEFAULT_FULL
+from ada2ms.jax.host import call
 from ada2ms.jax.names import by_path
 from ada2ms.jax.outputs import Outputs, arrays_of, noted
 from ada2ms.jax.sketches_cpu import unpacked
@@ -123,7 +123,7 @@ class Recorder:
     def batch(self, *arrays: Any) -> None:
         """Notes the arrays of a batch, of the step that comes; within `jit` or `scan`, whenever it is run."""
         if _is_traced(arrays):
-            io_callback(self._take_batch, None, arrays, ordered=True)
+            call(self._take_batch, arrays)
         else:
             _wait()  # a step that was dispatched before is not the step that comes
             self._take_batch(arrays)
@@ -131,7 +131,7 @@ class Recorder:
     def loss(self, loss: Any) -> None:
         """Notes the loss of the step that comes; or, if a step has had none, of the last. Within `jit` as `batch`."""
         if _is_traced(loss):
-            io_callback(self._take_loss, None, loss, ordered=True)
+            call(self._take_loss, loss)
         else:
             _wait()
             self._take_loss(loss)
