@@ -1,5 +1,6 @@
 """Traces of Keras, on the backend of this process: in `fit` and in loops of one's own, with any optimizer."""
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -225,13 +226,27 @@ def test_running_statistics_are_recorded_and_neither_seeds_nor_frozen_weights(tm
     assert np.allclose(mean, ops.convert_to_numpy(layers[1].moving_mean), rtol=1e-4, atol=1e-6)
 
 
-def test_all_arrays_of_a_step_are_summed_in_one_call(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Values, gradients and updates; of a large model that is C++."""
-    asked: list[int] = []
-    monkeypatch.setattr(native, "is_available", lambda entries: bool(asked.append(entries)))
-    model = network()
-    optimizer = keras.optimizers.SGD(0.1)
-    gradients = [ops.ones(v.shape) for v in model.trainable_variables]
-    with Recorder(tmp_path / "run", model, optimizer):
-        optimizer.apply(gradients, model.trainable_variables)
-    assert asked == [3 * sum(int(np.prod(v.shape)) for v in model.trainable_variables)]
+@pytest.mark.parametrize("full", [1, 0])
+def test_a_large_model_is_summed_in_cpp_where_it_is(full: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As a small one is, to the resolution, the update by what was added to values; copied only for entries."""
+    if native.compiled() is None:
+        pytest.skip("there is no compiler of C++")
+
+    def run(path: Path, entries: float) -> Trace:
+        monkeypatch.setattr(native, "ENTRIES", entries)
+        keras.utils.set_random_seed(0)
+        model, optimizer = network(), keras.optimizers.SGD(0.1)
+        variables = model.trainable_variables
+        with Recorder(path, model, optimizer, full=full) as recorder:
+            for i in range(3):
+                optimizer.apply([ops.full(v.shape, i + 1.0) for v in variables], variables)
+        assert len(recorder.parameters) > 1
+        return Trace.load(path)
+
+    for x, y in zip(*(run(tmp_path / f"{n}", n).steps for n in (0, math.inf)), strict=True):
+        is_exact = x.number <= full
+        for what in ("value", "gradient", "update"):
+            size = y.sketches[what][:, :1] + (y.sketches["value"][:, :1] if what == "update" else 0)
+            d = np.abs(x.sketches[what] - y.sketches[what])[:, 0 if is_exact or what != "update" else 1 :]
+            assert np.all(d <= 4 * resolution("float32") * size), what
+        assert sorted(x.full) == sorted(y.full) == (["gradient", "update", "value"] if is_exact else [])

@@ -20,9 +20,10 @@ from keras import ops
 
 from ada2ms.core.hyperparameters import value_at
 from ada2ms.core.state import Axes, Extras, Names
-from ada2ms.core.trace import Step, TraceError, Writer
-from ada2ms.core.trace.model import Observed, empty_sketches, flattened, moving, observed, resolve, sample
+from ada2ms.core.trace import Step, TraceError, Writer, native
+from ada2ms.core.trace.model import Observed, flattened, moving, observed, resolve, sample
 from ada2ms.core.trace.native import Sketcher
+from ada2ms.core.trace.sketch import WIDTH, change
 from ada2ms.core.trace.writer import DEFAULT_ENTRIES, DEFAULT_FLUSH, DEFAULT_FULL
 from ada2ms.tf.groups import Hyper
 from ada2ms.tf.optimizer import Ada2MS
@@ -203,17 +204,30 @@ class Recorder(keras.callbacks.Callback):  # type: ignore[misc]
         every = optimizer.gradient_accumulation_steps or 1
         if every > 1:
             for path, g in gradients.items():
-                self._sum[path] = g if self._sum.get(path) is None else self._sum[path] + (0 if g is None else g)
+                new = None if g is None else np.array(g)
+                self._sum[path] = new if self._sum.get(path) is None else self._sum[path] + (0 if g is None else g)
             if (int(_numpy(optimizer._iterations)) + 1) % every:
                 return self._apply(grads, trainable_variables)
             gradients = {path: None if g is None else g / every for path, g in self._sum.items()}
             self._sum = {}
         gradients = _clipped(optimizer, gradients)
-        before = {path: np.array(_array(v)) for path, v in values.items()}
         self._begin(given)
         hyper = [_hyper(optimizer, group) for group in self._groups]
+        full = self._writer.count < self._writer.full
+        keeps = full or not native.is_available(sum(p.size for p in self.parameters))  # else nothing is copied
+        before = {path: np.array(_array(v)) if keeps else _array(v) for path, v in values.items()}
+        there = {path: np.array(g) if keeps else g for path, g in gradients.items() if g is not None}
+        arrays = {"value": before, "gradient": there}
+        sketches = self._sketches(arrays)
         result = self._apply(grads, trainable_variables)
-        self._add(before, gradients, {path: _array(v) for path, v in values.items()}, hyper)
+        after = {path: _array(v) for path, v in values.items()}
+        if keeps:
+            arrays["update"] = {path: _difference(after[path], x) for path, x in before.items()}
+            sketches |= self._sketches({"update": arrays["update"]})
+        else:
+            sketches["update"] = change(sketches["value"], self._sketches({"value": after})["value"])
+        missing = np.array([p.own not in arrays["gradient"] for p in self.parameters], bool)
+        self._add(Step(0, sketches, missing, hyper=hyper), arrays if full else {})
         if self._moving and keras.backend.backend() != "jax":
             self._writer.statistics(self._observed)
         return result
@@ -231,25 +245,21 @@ class Recorder(keras.callbacks.Callback):  # type: ignore[misc]
         ]
         self._writer.begin(self._about, self.parameters, self._statistics, self._start)
 
-    def _add(self, before: Any, gradients: Any, after: Any, hyper: list[dict[str, float]]) -> None:
+    def _sketches(self, arrays: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+        """Of arrays by what they are and by path, (parameters, WIDTH); NaN for what is missing."""
+        found = {what: np.full((len(self.parameters), WIDTH), np.nan) for what in arrays}
+        each = [(what, i, p) for what in arrays for i, p in enumerate(self.parameters) if p.own in arrays[what]]
+        rows = self._sketcher([p.of(arrays[what][p.own]) for what, _, p in each], [p.axes for _, _, p in each])
+        for (what, i, _), row in zip(each, rows, strict=True):
+            found[what][i] = row
+        return found
+
+    def _add(self, step: Step, full: Mapping[str, Mapping[str, Any]]) -> None:
         if self._writer.is_due:  # before, since the loss of this step may come after it
             self._writer.flush()
-        step = Step(0, empty_sketches(len(self.parameters)), np.zeros(len(self.parameters), bool), hyper=hyper)
-        full = self._writer.count < self._writer.full
-        found: list[tuple[str, int, Any]] = []
-        for i, p in enumerate(self.parameters):
-            step.missing[i] = gradients.get(p.own) is None
-            if not step.missing[i]:
-                found.append(("gradient", i, gradients[p.own]))
-            if p.own in before:
-                found.append(("value", i, before[p.own]))
-                found.append(("update", i, _difference(after[p.own], before[p.own])))
-        each = [self.parameters[i] for _, i, _ in found]
-        sketches = self._sketcher([p.of(x) for p, (_, _, x) in zip(each, found, strict=True)], [p.axes for p in each])
-        for (what, i, array), p, row in zip(found, each, sketches, strict=True):
-            step.sketches[what][i] = row
-            if full:
-                step.full.setdefault(what, {})[p.name] = sample(array, p, self._writer.entries)
+        for what, arrays in full.items():
+            there = [p for p in self.parameters if p.own in arrays]
+            step.full[what] = {p.name: sample(arrays[p.own], p, self._writer.entries) for p in there}
         if self._outputs is not None:
             self._outputs.take(self._writer.output)
         self._writer.add(step)
@@ -365,7 +375,7 @@ def _dtype(variable: Any) -> str:
 
 
 def _array(x: Any) -> Any:
-    """An array of NumPy, of at least float32; a copy where memory might be shared with what changes."""
+    """An array of NumPy, of at least float32; its memory may be shared with what changes."""
     x = _numpy(x)
     return x if x.dtype.itemsize >= 4 else x.astype(np.float32)
 
@@ -376,4 +386,10 @@ def _numpy(x: Any) -> Any:
 
         x = tf.convert_to_tensor(x)
     value = getattr(x, "value", x) if isinstance(x, keras.Variable) else x
+    if (
+        type(value).__module__.startswith("torch")
+        and value.device.type == "cpu"
+        and str(value.dtype) == "torch.float32"
+    ):
+        return value.detach().numpy()  # where Keras would copy
     return np.asarray(ops.convert_to_numpy(value)) if hasattr(value, "dtype") else np.asarray(value)
