@@ -31,6 +31,7 @@ DEAR = {
         "test_keras_exclusions",
         "test_keras_files",
         "test_keras_handoff",
+        "test_keras_outputs",
         "test_keras_trace",
         "test_keras_variables",
         "test_trajectories::test_closed_loop",

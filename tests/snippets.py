@@ -224,6 +224,13 @@ def a_trial(space: Namespace) -> None:
     assert space["build"](keras_tuner.HyperParameters()).optimizer.adaptivity == 0.0
 
 
+def recorder_of_torch(space: Namespace) -> None:
+    from ada2ms.torch import Recorder, plain_layers
+
+    in_torch(space)
+    space |= {"Recorder": Recorder, "plain_layers": plain_layers}
+
+
 def a_port(space: Namespace) -> None:
     """The rule in NumPy, as someone's own implementation without groups and clipping."""
     from ada2ms import core
@@ -266,6 +273,7 @@ GIVEN: dict[tuple[str, str], Callable[[Namespace], None]] = {
     ("docs/trainers.md", "import deepspeed"): with_deepspeed,
     ("docs/trainers.md", "optimizer = optax.inject_hyperparams("): in_jax,
     ("docs/trace.md", "from ada2ms.torch import Recorder"): training,
+    ("docs/trace.md", 'with Recorder("original.trace", model, optimizer, outputs=True'): recorder_of_torch,
     ("docs/trace.md", "from ada2ms.jax import Recorder"): in_jax,
     ("docs/trace.md", "from ada2ms.tf import Recorder"): in_keras,
 }

@@ -112,7 +112,7 @@ def expected(i: int) -> list[Any]:
 
 
 @pytest.mark.parametrize(
-    "form", ["plain", "scanned_checkpoints", "mapped", *slow("scanned", "checkpointed", "mapped_twice", "chosen")]
+    "form", ["plain", "scanned_checkpoints", *slow("mapped", "scanned", "checkpointed", "mapped_twice", "chosen")]
 )
 @pytest.mark.parametrize("way", ["jit", *slow("eager", "apart", "scan")])
 def test_outputs_are_of_their_step_and_in_order(form: str, way: str, tmp_path: Path) -> None:

@@ -263,6 +263,7 @@ def test_that_vmap_cannot_be_recorded_is_said(full: int, tmp_path: Path) -> None
             jax.vmap(lambda p: optimizer.update(p, optimizer.init(p), p)[0])(params)
 
 
+@pytest.mark.slow
 def test_clipping_of_its_own_is_recorded_as_clipping_before_the_rule(tmp_path: Path) -> None:
     """Where it is told; the gradient is what the rule gets."""
     traces = []
@@ -285,6 +286,7 @@ def test_clipping_of_its_own_is_recorded_as_clipping_before_the_rule(tmp_path: P
     assert traces[0].steps[0].full
 
 
+@pytest.mark.slow
 def test_statistics_are_those_that_were_told_of_each_step(tmp_path: Path) -> None:
     """Before the first step, and after each update by accumulated gradients, whatever is told between two of them."""
     nnx = pytest.importorskip("flax.nnx", reason="flax is not installed")
@@ -315,7 +317,8 @@ def test_statistics_are_those_that_were_told_of_each_step(tmp_path: Path) -> Non
     assert Trace.load(path).statistics is None
 
 
-@pytest.mark.parametrize("late", [*slow(False), True])
+@pytest.mark.slow
+@pytest.mark.parametrize("late", [False, True])
 def test_batches_and_losses_are_told_within_a_scan(tmp_path: Path, late: bool) -> None:
     """They are of their own step, as they are where each step is called by itself."""
     xs = batches()

@@ -12,6 +12,7 @@ import pytest
 from ada2ms.core.trace import Trace, diff, judge, resumed
 from ada2ms.jax import Recorder, ada2ms, recorded
 from ada2ms.jax.injected import counts
+from support import slow
 
 STEPS, CHECKPOINT, STOP = 12, 6, 8
 SCHEDULE = optax.cosine_decay_schedule(0.1, STEPS)
@@ -39,7 +40,7 @@ def train(path: Path, transformation: Any, start: Any, first: int, until: int, *
     return saved
 
 
-@pytest.mark.parametrize("is_kept", [True, False])
+@pytest.mark.parametrize("is_kept", [True, *slow(False)])
 def test_a_schedule_that_was_told_goes_on_where_the_state_does(is_kept: bool, tmp_path: Path) -> None:
     optimizer = optax.sgd(SCHEDULE, momentum=0.9)
     told: Any = {"hyper": {"lr": SCHEDULE, "momentum": 0.9}, "optimizer": "optax.sgd"}

@@ -20,7 +20,7 @@ from ada2ms.core.trace.sketch import codes, resolution, sketch
 from ada2ms.torch import Recorder, sketches
 from ada2ms.torch.sketches import Sketcher
 from ada2ms.torch.trace import parameters
-from support import require_device, slow
+from support import require_device
 
 SHAPES = [(), (0, 3), (2500,), (60, 41), (8, 4, 3, 3), (1, 1100), (1100, 1)]
 
@@ -166,7 +166,8 @@ def test_what_is_negative_by_a_flag_is_summed_by_torch(compiled: list[int]) -> N
 
 
 @pytest.mark.skipif(find_spec("triton") is None, reason="Triton is not installed (it comes with torch for CUDA)")
-@pytest.mark.parametrize("dtypes", [("float32", "bfloat16"), *slow(("float64", "float16"))], ids=str)
+@pytest.mark.slow
+@pytest.mark.parametrize("dtypes", [("float32", "bfloat16"), ("float64", "float16")], ids=str)
 def test_the_kernels_in_tritons_interpreter(dtypes: tuple[str, ...]) -> None:
     """In a process of its own: Triton reads the switch once."""
     code = f"import test_torch_trace_cost as t; t.compare('cpu', {dtypes})"

@@ -84,6 +84,7 @@ def test_torch_records_the_parts_of_a_packed_projection(tmp_path: Path) -> None:
     assert "untraced" not in trace.steps[0].extra
 
 
+@pytest.mark.slow
 def test_jax_records_parts_under_jit(tmp_path: Path) -> None:
     import jax
     import jax.numpy as jnp

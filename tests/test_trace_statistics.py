@@ -37,7 +37,7 @@ def changed(given: Trace, change: Any) -> Trace:
     return found
 
 
-@pytest.mark.parametrize("steps", [1, 2, 8])
+@pytest.mark.parametrize("steps", [*slow(1, 2), 8])
 def test_a_correct_port_keeps_the_biased_variance_and_says_so(steps: int) -> None:
     """In both directions, however short the run is: torch's 0.1 is the others' 0.9."""
     a, b = cut(trace("torch", TORCH), steps), cut(trace("jax", {"keeps": 0.9}), steps)
