@@ -199,7 +199,7 @@ def test_it_is_made_anew_when_what_it_includes_has_changed(
     calls, included = compile_by(f'cp "{made}" "$to"'), tmp_path / "x.h"
     for text in ("1", "1", "2"):
         included.write_text(text)
-        assert native.library(native.SOURCE, [included], [tmp_path]) is not None
+        assert native.built(native.SOURCE, [included], [tmp_path]) is not None
     assert count(calls) == 2
     assert f"-I{tmp_path}" in calls.read_text()
 

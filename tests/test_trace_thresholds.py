@@ -175,7 +175,7 @@ CASES: dict[str, tuple[Callable[[], str], str, Callable[[], str], str]] = {
         "rounded",
     ),
     "_NARROW": (lambda: said(fed(1.3e-3)), "only rounding", lambda: said(fed(1.3e-2)), "other data"),
-    "_RATE": (lambda: said(faster(3e-6)), "only rounding", lambda: said(faster(3e-5)), "parted; lr"),
+    "RATE": (lambda: said(faster(3e-6)), "only rounding", lambda: said(faster(3e-5)), "parted; lr"),
     "_SHARE": (lambda: decayed(0.15), "does not decay", lambda: decayed(0.4), "decays"),
     "SAME": (
         lambda: said(rated(lambda i: 3e-7 * (i % 2))),

@@ -40,10 +40,11 @@ def injected(state: Any, names: Sequence[str]) -> tuple[dict[str, str], dict[str
 def counts(state: Any) -> list[Any]:
     """How many updates were completed before, as an optimizer's states have it; each the same, or none."""
     leaves = jax.tree_util.tree_leaves_with_path(state)
-    return [x for path, x in leaves if path and getattr(path[-1], "name", "") == "count" and _is_whole_number(x)]
+    return [x for path, x in leaves if path and getattr(path[-1], "name", "") == "count" and is_whole_number(x)]
 
 
-def _is_whole_number(x: Any) -> bool:
+def is_whole_number(x: Any) -> bool:
+    """Whether it is one integer, as a count is."""
     return jnp.ndim(x) == 0 and bool(jnp.issubdtype(jnp.asarray(x).dtype, jnp.integer))
 
 

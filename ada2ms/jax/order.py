@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from ada2ms.core.trace import TraceError
+from ada2ms.jax.injected import is_whole_number
 
 
 @contextmanager
@@ -48,7 +49,7 @@ def counted_after(state: Any, *numbers: Any) -> Any:
 
 
 def _is_count(x: Any) -> bool:
-    return isinstance(x, jax.core.Tracer) and x.ndim == 0 and bool(jnp.issubdtype(x.dtype, jnp.integer))
+    return isinstance(x, jax.core.Tracer) and is_whole_number(x)
 
 
 def _zero(*numbers: Any) -> jax.Array:

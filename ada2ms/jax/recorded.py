@@ -81,9 +81,7 @@ class _Traced:
         self._before = {what: self._known(tree) for what, tree in trees.items()}
         self._in_cpp = params is not None and sketches_cpu.is_available(self._before.values())
         self._rows = {what: self._sums(arrays) for what, arrays in self._before.items()}
-        self.read: list[Any] = [
-            *self._rows.values()
-        ]  # numbers that are known when all that is there before has been read
+        self.read: list[Any] = [*self._rows.values()]  # known when all that is there before has been read
         self._is_full: Any = None
         if recorder.keeps_entries and may_ask():
             wanted = io_callback(recorder.wants_full, np.bool_(False), ordered=True)

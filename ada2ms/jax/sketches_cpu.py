@@ -78,7 +78,7 @@ def _is_registered() -> bool:
     """Whether XLA has the sums, which are compiled if need be."""
     headers = Path(jax.ffi.include_dir())
     included = [native.SOURCE, *sorted(headers.rglob("*.h"))]
-    found = native.library(_SOURCE, included, [native.SOURCE.parent, headers])
+    found = native.built(_SOURCE, included, [native.SOURCE.parent, headers])
     if found is not None:
         function = jax.ffi.pycapsule(found.ada2ms_sketch_sums)  # type: ignore[no-untyped-call]
         jax.ffi.register_ffi_target(_TARGET, function, platform="cpu")

@@ -154,7 +154,7 @@ class Recorder:
         name = called([p.name for p in self.parameters if p.own.rpartition("/")[0] == name], None) or name
         if _is_traced(x):
             self.outputs.send(name, arrays_of(x))
-        elif not self._closed and self._writer.takes_outputs:
+        elif not self._closed and self._writer.is_full:
             _wait()
             self._writer.output(noted(name, arrays_of(x)))
 
@@ -203,7 +203,7 @@ class Recorder:
 
     def wants_full(self) -> Any:
         """Whether the step that comes is to have entries of the arrays."""
-        return np.bool_(not self._closed and self._writer.count < self._writer.full)
+        return np.bool_(not self._closed and self._writer.is_full)
 
     def take_entries(self, full: Any) -> None:
         """Notes entries of what is there before the step that comes; called by the compiled program."""

@@ -3,7 +3,7 @@
 Keras has no hooks. So while steps are recorded, each layer has a `call` of its own around that of its class.
 """
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import keras
@@ -12,7 +12,7 @@ from keras import ops
 
 from ada2ms.core.state import Names
 from ada2ms.core.trace import TraceError
-from ada2ms.core.trace.outputs import MODEL, Activation, Output, activation, called
+from ada2ms.core.trace.outputs import MODEL, Activation, Output, activation, called, tensors
 
 
 class Outputs:
@@ -160,15 +160,12 @@ def _is_recurrent(layer: keras.Layer) -> bool:
 
 
 def _tensors(x: Any) -> Iterator[Any]:
-    """Those in tuples, lists, and mappings by the order of their keys."""
-    if isinstance(x, Mapping):
-        for key in sorted(x, key=str):
-            yield from _tensors(x[key])
-    elif isinstance(x, (tuple, list)):
-        for each in x:
-            yield from _tensors(each)
-    elif (ops.is_tensor(x) and not isinstance(x, keras.KerasTensor)) or isinstance(x, np.ndarray):
-        yield x
+    """Of a layer's arguments or result, but no places in a graph."""
+    return tensors(x, _is_tensor)
+
+
+def _is_tensor(x: Any) -> bool:
+    return isinstance(x, np.ndarray) or (ops.is_tensor(x) and not isinstance(x, keras.KerasTensor))
 
 
 def _is_differentiated() -> bool:

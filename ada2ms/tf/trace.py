@@ -130,7 +130,7 @@ class Recorder(keras.callbacks.Callback):  # type: ignore[misc]
             name: by which it is compared with that of another run; the second of a name in a step gets a number.
             x: a tensor, or a tuple, list or dictionary of tensors.
         """
-        if self._writer.takes_outputs:
+        if self._writer.is_full:
             self._writer.output(output(name, x))
 
     def close(self) -> None:
@@ -204,8 +204,11 @@ class Recorder(keras.callbacks.Callback):  # type: ignore[misc]
         every = optimizer.gradient_accumulation_steps or 1
         if every > 1:
             for path, g in gradients.items():
-                new = None if g is None else np.array(g)
-                self._sum[path] = new if self._sum.get(path) is None else self._sum[path] + (0 if g is None else g)
+                before = self._sum.get(path)
+                if g is not None:
+                    self._sum[path] = np.array(g) if before is None else before + g
+                else:
+                    self._sum.setdefault(path, None)
             if (int(_numpy(optimizer._iterations)) + 1) % every:
                 return self._apply(grads, trainable_variables)
             gradients = {path: None if g is None else g / every for path, g in self._sum.items()}
@@ -213,7 +216,7 @@ class Recorder(keras.callbacks.Callback):  # type: ignore[misc]
         gradients = _clipped(optimizer, gradients)
         self._begin(given)
         hyper = [_hyper(optimizer, group) for group in self._groups]
-        full = self._writer.count < self._writer.full
+        full = self._writer.is_full
         keeps = full or not native.is_available(sum(p.size for p in self.parameters))  # else nothing is copied
         before = {path: np.array(_array(v)) if keeps else _array(v) for path, v in values.items()}
         there = {path: np.array(g) if keeps else g for path, g in gradients.items() if g is not None}
@@ -263,7 +266,7 @@ class Recorder(keras.callbacks.Callback):  # type: ignore[misc]
         if self._outputs is not None:
             self._outputs.take(self._writer.output)
         self._writer.add(step)
-        if not self._writer.takes_outputs:
+        if not self._writer.is_full:
             self._without_outputs()
 
     def _without_outputs(self) -> None:

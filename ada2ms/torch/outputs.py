@@ -1,8 +1,7 @@
 """What the modules of a model are given and give in a forward pass, for traces: by forward hooks."""
 
-import dataclasses
 import weakref
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -11,7 +10,7 @@ from torch import Tensor, nn
 
 from ada2ms.core.state import Names
 from ada2ms.core.trace import TraceError
-from ada2ms.core.trace.outputs import MODEL, Activation, Output, activation, called
+from ada2ms.core.trace.outputs import MODEL, Activation, Output, activation, called, tensors
 from ada2ms.torch.numbers import numpy
 
 
@@ -148,19 +147,8 @@ def _is_in_backward() -> bool:
 
 
 def _tensors(x: Any) -> Iterator[Tensor]:
-    """Those in tuples, lists, mappings by the order of their keys, and dataclasses; but no nested ones."""
-    if isinstance(x, Tensor):
-        if not x.is_nested:
-            yield x
-    elif isinstance(x, Mapping):
-        for key in sorted(x, key=str):
-            yield from _tensors(x[key])
-    elif isinstance(x, (tuple, list)):
-        for each in x:
-            yield from _tensors(each)
-    elif dataclasses.is_dataclass(x) and not isinstance(x, type):
-        for each in dataclasses.fields(x):
-            yield from _tensors(getattr(x, each.name))
+    """Of a module's arguments or result, but no nested ones."""
+    return (each for each in tensors(x, lambda each: isinstance(each, Tensor)) if not each.is_nested)
 
 
 def _version(x: Tensor) -> int:
@@ -181,7 +169,7 @@ def _activation(x: Tensor) -> Activation:
 
 def output(name: str, x: Any) -> Output:
     """Of what a user records."""
-    tensors = list(_tensors(x))
-    if not tensors:
+    found = list(_tensors(x))
+    if not found:
         raise TypeError(f"Invalid x: {type(x).__name__} (must be a tensor, or a tuple, list or dictionary of tensors)")
-    return Output(name, [_activation(each) for each in tensors])
+    return Output(name, [_activation(each) for each in found])

@@ -132,7 +132,7 @@ class Recorder:
             name: by which it is compared with that of another run; the second of a name in a step gets a number.
             x: a tensor, or a tuple, list or dictionary of tensors.
         """
-        if self._writer.takes_outputs:
+        if self._writer.is_full:
             self._writer.output(output(name, x))
 
     def close(self) -> None:
@@ -157,7 +157,7 @@ class Recorder:
         """Before a step: values, hyperparameters, and gradients, which a closure has yet to compute."""
         self._open = before = _Before([_hyper(group, optimizer) for group in optimizer.param_groups])
         values = self._pieces(self._params)
-        if self._writer.count < self._writer.full:
+        if self._writer.is_full:
             before.full["value"] = self._sampled(self._params)
         place = 1 if len(args) > 1 else "closure"
         closure = args[1] if place == 1 else kwargs.get("closure")
@@ -231,7 +231,7 @@ class Recorder:
         if self._outputs is not None:
             self._outputs.take(self._writer.output)
         self._writer.add(step, fill)
-        if not self._writer.takes_outputs:
+        if not self._writer.is_full:
             self._without_outputs()
         if self._writer.is_due:
             self._flush()

@@ -13,7 +13,7 @@ from ada2ms.core.trace.pair import ROUNDINGS
 from ada2ms.core.trace.series import Series, series
 from ada2ms.core.trace.sketch import precision
 
-_RATE: Final = 1e-5  # relatively, by what factors of one learning rate may differ, if rounding allows that much
+RATE: Final = 1e-5  # relatively, by what learning rates that updates show may differ, if rounding allows that much
 _SHARE: Final = 0.2  # of what is left, that a decay has to explain; by chance it is one share in their number
 _LEAST: Final = 64  # of which this is asked; fewer have such a share by chance
 
@@ -184,7 +184,7 @@ def decaying(found: Fit, run: list[Series]) -> Fit:
 def _steadier(found: Fit, run: list[Series]) -> Fit:
     """A fit; of RAdam, whose first steps are those of SGD but for a factor of each, that of SGD at one rate."""
     d, rate = found.dialect, found.factor
-    if d.second != "rectified" or float(np.ptp(found.factors)) <= max(_RATE, found.noise) * abs(rate):
+    if d.second != "rectified" or float(np.ptp(found.factors)) <= max(RATE, found.noise) * abs(rate):
         return found
     momentum = dict(d.changed).get("b1", run[0].hyper[0].get("b1", DEFAULTS["b1"]))
     changed = *(pair for pair in d.changed if pair[0] == "weight_decay"), ("momentum", momentum)

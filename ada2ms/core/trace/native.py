@@ -106,11 +106,11 @@ class Sketcher:
 @functools.cache
 def compiled() -> ctypes.CDLL | None:
     """The compiled source; None if it cannot be had."""
-    found = library(SOURCE)
+    found = built(SOURCE)
     return None if found is None else _declared(found)
 
 
-def library(source: Path, included: Sequence[Path] = (), folders: Sequence[Path] = ()) -> ctypes.CDLL | None:
+def built(source: Path, included: Sequence[Path] = (), folders: Sequence[Path] = ()) -> ctypes.CDLL | None:
     """A source, compiled by the system's compiler or taken from the user's cache; None if it cannot be had.
 
     Args:

@@ -42,11 +42,11 @@ def decays(dialect: Dialect, run: list[Series], share: float = 0.0) -> Iterator[
         d = np.concatenate([lr * each[i][0] for each, lr in zip(directions, rates, strict=True)])
         if not np.isfinite([u @ u, d @ d, x @ x]).all() or not x @ x > 0:
             return
-        (c, e), *_ = np.linalg.lstsq(np.stack([d, x], 1), u, rcond=None)
-        left = u - c * d
-        if e * e * (x @ x) < share * (left @ left):
-            return
         if None in told or share:
+            (c, e), *_ = np.linalg.lstsq(np.stack([d, x], 1), u, rcond=None)
+            left = u - c * d
+            if e * e * (x @ x) < share * (left @ left):
+                return
             found.append(-e / (c if by_rate else 1.0) if c > 0 else math.nan)
         else:
             found.append(-((u - d) @ x) / (x @ x))

@@ -5,8 +5,8 @@ so of each array sums are kept that depend on one of these orders alone, beside 
 """
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
 from typing import Any, Final
 
 import numpy as np
@@ -134,6 +134,21 @@ def _signed(x: Array, order: Sequence[int], offset: Sequence[int] | None = None)
     found = signs(x.shape, order, offset=offset)
     x = x.reshape(found.rows.shape[1], found.columns.shape[1])
     return np.asarray(((found.rows.astype(np.float64) @ x) * found.columns).sum(1))
+
+
+def tensors(x: Any, is_tensor: Callable[[Any], bool]) -> Iterator[Any]:
+    """Those in tuples, lists, mappings by the order of their keys, and dataclasses."""
+    if is_tensor(x):
+        yield x
+    elif isinstance(x, Mapping):
+        for key in sorted(x, key=str):
+            yield from tensors(x[key], is_tensor)
+    elif isinstance(x, (tuple, list)):
+        for each in x:
+            yield from tensors(each, is_tensor)
+    elif is_dataclass(x) and not isinstance(x, type):
+        for each in fields(x):
+            yield from tensors(getattr(x, each.name), is_tensor)
 
 
 def numbered(name: str, before: Sequence[Output]) -> str:

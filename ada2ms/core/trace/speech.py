@@ -9,13 +9,12 @@ from collections.abc import Collection
 from dataclasses import dataclass, replace
 
 from ada2ms.core.dialects import DEFAULTS, OWN_HYPER, Dialect, claimed
-from ada2ms.core.trace.explain import Fit, decaying, explain_run, fit
+from ada2ms.core.trace.explain import RATE, Fit, decaying, explain_run, fit
 from ada2ms.core.trace.model import Trace
 from ada2ms.core.trace.near import near
 from ada2ms.core.trace.pair import relative
 from ada2ms.core.trace.series import Series, series
 
-_RATE = 1e-5  # relatively, by what learning rates that updates show may differ, if rounding allows that much
 _FEW = 2  # dialects, such as one with and one without decay, that are believed before one for all is searched
 _ENOUGH = 6  # tensors that are searched together for one dialect, and of which none is explained until none is asked
 
@@ -198,7 +197,7 @@ def _together(one: Voice, other: Voice) -> bool:
 
 def same_rates(a: list[float], b: list[float], noise: float) -> bool:
     """Whether rates, or factors, are equal as exactly as updates show them."""
-    return all(relative(x, y) < max(_RATE, noise) for x, y in zip(a, b, strict=False))
+    return all(relative(x, y) < max(RATE, noise) for x, y in zip(a, b, strict=False))
 
 
 def alike(a: Voice, b: Voice) -> bool:
@@ -213,6 +212,6 @@ def alike(a: Voice, b: Voice) -> bool:
 
 def odd_rate(a: Voice, b: Voice) -> int | None:
     """The first step, counted from 0, at which the learning rates that updates show differ; None if none does."""
-    noise = max(_RATE, a.fit.noise, b.fit.noise)
+    noise = max(RATE, a.fit.noise, b.fit.noise)
     pairs = zip(a.rates, b.rates, strict=False)
     return next((i for i, (x, y) in enumerate(pairs) if relative(x, y) > noise and math.isfinite(x + y)), None)

@@ -266,9 +266,9 @@ class Updates:
                 moved += float(norm) ** 2
                 whole += hyper["lr"] ** 2 * p.size
                 error += 0.0 if exact else (hyper["lr"] ** 2 * p.size) ** 2 * 2 / SUMS
-        return (
-            (math.sqrt(moved / whole), max(_DECAY, 3 * math.sqrt(error) / whole / 2)) if whole > 0 else (math.nan, 0.0)
-        )
+        if not whole > 0:
+            return math.nan, 0.0
+        return math.sqrt(moved / whole), max(_DECAY, 3 * math.sqrt(error) / whole / 2)
 
     def _lost(self, i: int) -> str:
         """Which run alone makes an optimizer's first step, though it is none; empty if it is not that."""
@@ -278,8 +278,8 @@ class Updates:
         strides = [self._stride(i, side) for side in (0, 1)]
         first = [abs(x - 1) < error for x, error in strides]
         goes_on = [i + 1 in t.about.get(RESUMED, []) for t in (self.pair.a, self.pair.b)]
-        if goes_on[0] != goes_on[1] and strides[goes_on.index(True)][1] <= _DECAY:
-            return "AB"[goes_on.index(True)] * first[goes_on.index(True)]
+        if goes_on[0] != goes_on[1] and strides[side := goes_on.index(True)][1] <= _DECAY:
+            return "AB"[side] * first[side]
         if (i == 0 and not all(started)) or first[0] == first[1]:
             return ""
         side = first.index(True)

@@ -108,13 +108,13 @@ class Writer:
                 step.full[STATISTICS] = entries
 
     @property
-    def takes_outputs(self) -> bool:
-        """Whether outputs of the step that comes are kept."""
+    def is_full(self) -> bool:
+        """Whether the step that comes is one of the first, of which entries and outputs are kept."""
         return self.count < self.full
 
     def output(self, output: Output) -> None:
         """Notes an output of the forward pass of the step that comes; another one of the same name gets a number."""
-        if self.takes_outputs:
+        if self.is_full:
             self._outputs.append(replace(output, name=numbered(output.name, self._outputs)))
 
     @property
