@@ -2,13 +2,14 @@
 
 import math
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import pytest
 
 from ada2ms.core.trace import outputs
-from ada2ms.core.trace.outputs import Output, activation, apart, joined
+from ada2ms.core.trace.outputs import Output, activation, apart, joined, tensors
 
 RNG = np.random.default_rng(0)
 IMAGES = RNG.normal(size=(6, 5, 4, 3)).astype(np.float32) + 0.3  # channels last
@@ -117,3 +118,17 @@ def test_what_processes_have_adds_up() -> None:
     assert (apart(found.arrays[0], activation(IMAGES * 1.001), **how) or 0) > 4e-4
     same = [Output("a", [activation(IMAGES)])]
     assert joined([same, same]) == same, "each has the whole"
+
+
+@dataclass
+class Result:
+    """As libraries of models give."""
+
+    last: Any
+    hidden: Any = None
+
+
+def test_arrays_are_found_in_whatever_holds_them() -> None:
+    """In one order, and no other things."""
+    held = {"b": [1, (2, None)], "a": Result(3, {"x": Result(4)}), 7: "no", "c": Result}
+    assert list(tensors(held, lambda x: isinstance(x, int))) == [3, 4, 1, 2]
